@@ -1,0 +1,110 @@
+# orcd: `make run` runs the bundled model, `make test` runs every test, `make lint` checks floors, format and sizes.
+# Options: SAN=1 (address and undefined-behaviour sanitizers), SAN=thread, CUDA=0 (leave the GPU backend out), V=1.
+
+.DEFAULT_GOAL := all
+SHELL := /bin/bash
+MAKEFLAGS += --no-builtin-rules
+
+CC ?= cc
+ifeq ($(origin CC),default)
+CC := gcc
+endif
+NVCC ?= $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+CUDA ?= $(if $(NVCC),1,0)
+Q := $(if $(V),,@)
+
+PKGS := libmicrohttpd jansson libutf8proc libcurl libsodium libedit
+DEBS := gcc g++ libc6-dev pkg-config libmicrohttpd-dev libjansson-dev libutf8proc-dev libcurl4-openssl-dev \
+        libsodium-dev libedit-dev libcmocka-dev clang-format-14 python3 python3-venv python3-numpy
+
+B := build$(if $(SAN),-san-$(SAN))$(if $(filter 0,$(CUDA)),-nocuda)
+
+WARN := -Wall -Wextra -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes -Wvla -Werror
+WARN_FLOOR01 := -Wconversion -Wno-sign-conversion
+HARDEN := -fstack-protector-strong -D_FORTIFY_SOURCE=2 -fPIE
+CFLAGS := -std=c11 -D_GNU_SOURCE -O2 -g -MMD -MP -Isrc -Iinclude -pthread -fno-strict-aliasing -ffp-contract=off $(WARN) $(HARDEN)
+LDFLAGS := -pthread -pie -Wl,-z,relro,-z,now
+LDLIBS = $(shell pkg-config --libs $(PKGS)) -lm
+
+ifeq ($(SAN),1)
+CFLAGS += -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -U_FORTIFY_SOURCE
+LDFLAGS += -fsanitize=address,undefined
+else ifeq ($(SAN),thread)
+CFLAGS += -fsanitize=thread -fno-omit-frame-pointer -U_FORTIFY_SOURCE
+LDFLAGS += -fsanitize=thread
+endif
+
+SRC := $(sort $(shell find src -name '*.c'))
+OBJ := $(SRC:%.c=$B/%.o)
+LIBOBJ := $(filter-out $B/src/cli/%,$(OBJ))
+
+ifeq ($(CUDA),1)
+CUSRC := $(sort $(shell find src -name '*.cu'))
+CUOBJ := $(CUSRC:%.cu=$B/%.cu.o)
+CUDA_HOME := $(patsubst %/bin/nvcc,%,$(NVCC))
+CUDA_ARCH ?= -gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_80,code=compute_80
+NVFLAGS := -std=c++17 -O3 -lineinfo -Isrc -Xcompiler -Wall,-Wextra,-fPIE -Werror all-warnings $(CUDA_ARCH)
+CFLAGS += -DORCD_CUDA=1
+LIBOBJ += $(CUOBJ)
+LDLIBS += $(if $(CUSRC),-L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt -lstdc++)
+endif
+
+TESTS := $(sort $(wildcard tests/test_*.c))
+TESTBIN := $(TESTS:tests/%.c=$B/tests/%)
+
+.PHONY: all run test lint format deps clean install test-cuda
+
+all: deps $B/orcd $B/liborcd.a
+	$(Q)ln -sf $B/orcd orcd
+
+# Kernels are compiled for the instruction set in their file's name; which one runs is decided at run time.
+$B/%_avx2.o: CFLAGS += -mavx2 -mfma -mf16c -O3
+$B/%_avxvnni.o: CFLAGS += -mavx2 -mfma -mf16c -mavxvnni -O3
+$B/%_avx512.o: CFLAGS += -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512vbmi -mavx512bf16 -O3
+$B/%_amx.o: CFLAGS += -mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mamx-tile -mamx-int8 -mamx-bf16 -O3
+$B/src/base/%.o $B/src/format/%.o $B/src/text/%.o: CFLAGS += $(WARN_FLOOR01)
+
+$B/%.o: %.c
+	@mkdir -p $(@D)
+	@echo "  cc    $<"
+	$(Q)$(CC) $(CFLAGS) -c $< -o $@
+
+$B/%.cu.o: %.cu
+	@mkdir -p $(@D)
+	@echo "  nvcc  $<"
+	$(Q)$(NVCC) $(NVFLAGS) -MMD -MP -c $< -o $@
+
+$B/liborcd.a: $(LIBOBJ)
+	@echo "  ar    $@"
+	$(Q)rm -f $@ && ar rcs $@ $^
+
+$B/orcd: $(filter $B/src/cli/%,$(OBJ)) $B/liborcd.a
+	@echo "  ld    $@"
+	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
+
+$B/tests/%: $B/tests/%.o $B/liborcd.a
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
+
+.SECONDARY: $(TESTS:%.c=$B/%.o)
+
+run: all
+	./orcd run
+
+test: all $(TESTBIN)
+	$(Q)tests/run $B
+
+lint:
+	$(Q)tools/lint
+
+format:
+	$(Q)git ls-files '*.c' '*.h' '*.cu' '*.cuh' | xargs clang-format-14 -i
+
+# Installs the missing Debian packages, or prints the one line that does.
+deps:
+	$(Q)tools/deps $(DEBS)
+
+clean:
+	rm -rf build build-* orcd
+
+-include $(shell find $B -name '*.d' 2>/dev/null)

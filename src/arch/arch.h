@@ -1,0 +1,65 @@
+/* arch/arch.h: architectures: hyperparameters, weights and forward(). May include backend, format, quant, base.
+ * One file per architecture (gptoss.c, gpt2.c) and one line in list.def. */
+#ifndef ORCD_ARCH_ARCH_H
+#define ORCD_ARCH_ARCH_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "backend/backend.h"
+#include "format/model_file.h"
+
+#define ARCH_MAX_LAYERS 1024
+
+/* Range-checked as a whole when it was read: no field is used unchecked after arch_config_read. */
+typedef struct arch_config {
+    int n_layer, n_embd, n_head, n_kv_head, head_dim, n_ff, n_vocab;
+    int n_ctx; /* positions that the model was made for */
+    int n_expert, n_expert_used; /* 0 without experts */
+    int window;                  /* sliding window of the window layers, 0 = none */
+    bool window_layer[ARCH_MAX_LAYERS];
+    float norm_eps;
+    double rope_base, rope_factor, rope_beta_fast, rope_beta_slow;
+    int rope_n_ctx_orig;
+    bool rope_truncate;
+    float glu_alpha, glu_limit;
+    bool gelu_tanh;
+    bool tied_head;
+} arch_config;
+
+typedef struct arch arch;
+typedef struct arch_model arch_model;
+
+/* Parameters and bytes by weight type, for inspect and plan. */
+typedef struct arch_size {
+    uint64_t n_param, n_param_active; /* per token: experts used only */
+    uint64_t weight_bytes;            /* as stored */
+    uint64_t kv_bytes_per_token;      /* F16, layers without window */
+    uint64_t kv_bytes_window;         /* F16, per sequence, window layers */
+} arch_size;
+
+/* What this file is. Fails with a sentence naming what was found and what is supported. */
+orcd_status arch_identify(const mf_file *f, const arch **out, orcd_error *err) ORCD_MUST_USE;
+const char *arch_name(const arch *a); /* "gpt-oss", "gpt2" */
+orcd_status arch_config_read(const arch *a, const mf_file *f, arch_config *out, orcd_error *err) ORCD_MUST_USE;
+/* Sizes from the configuration and the file's types; every weight's shape is checked against the configuration. */
+orcd_status arch_measure(const arch *a, const mf_file *f, const arch_config *c, arch_size *out, orcd_error *err) ORCD_MUST_USE;
+
+typedef void (*arch_progress)(void *ctx, uint64_t done, uint64_t total); /* bytes */
+
+/* Load every weight onto the device and make the activations for steps of at most max_tok rows, max_out outputs. */
+orcd_status arch_load(const arch *a, const mf_file *f, const arch_config *c, be_device *dev, int max_tok, int max_out,
+                      arch_progress progress, void *ctx, arch_model **out, orcd_error *err) ORCD_MUST_USE;
+void arch_unload(arch_model *m);
+
+const arch_config *arch_config_of(const arch_model *m);
+uint64_t arch_device_bytes(const arch_model *m); /* weights and activations on the device */
+/* Fill the model's part of a KV spec: layers, heads, windows. spec->window points into the model. */
+void arch_kv_spec(const arch_model *m, be_kv_spec *spec);
+/* Record the whole model; the logits of the batch's output rows, [n_out, n_vocab] F32, are in the returned
+ * activation after step_end. */
+be_act *arch_forward(arch_model *m, be_step *s);
+/* Ask forward to tap its named intermediates (parity tests); NULL switches off. */
+void arch_set_tap(arch_model *m, be_tap_fn fn, void *ctx);
+
+#endif
