@@ -14,7 +14,7 @@
 /* Range-checked as a whole when it was read: no field is used unchecked after arch_config_read. */
 typedef struct arch_config {
     int n_layer, n_embd, n_head, n_kv_head, head_dim, n_ff, n_vocab;
-    int n_ctx; /* positions that the model was made for */
+    int n_ctx;                   /* positions that the model was made for */
     int n_expert, n_expert_used; /* 0 without experts */
     int window;                  /* sliding window of the window layers, 0 = none */
     bool window_layer[ARCH_MAX_LAYERS];
@@ -43,7 +43,8 @@ orcd_status arch_identify(const mf_file *f, const arch **out, orcd_error *err) O
 const char *arch_name(const arch *a); /* "gpt-oss", "gpt2" */
 orcd_status arch_config_read(const arch *a, const mf_file *f, arch_config *out, orcd_error *err) ORCD_MUST_USE;
 /* Sizes from the configuration and the file's types; every weight's shape is checked against the configuration. */
-orcd_status arch_measure(const arch *a, const mf_file *f, const arch_config *c, arch_size *out, orcd_error *err) ORCD_MUST_USE;
+orcd_status arch_measure(const arch *a, const mf_file *f, const arch_config *c, arch_size *out,
+                         orcd_error *err) ORCD_MUST_USE;
 
 typedef void (*arch_progress)(void *ctx, uint64_t done, uint64_t total); /* bytes */
 

@@ -24,10 +24,10 @@ typedef struct be_device { /* first member of each backend's own struct */
 } be_device;
 
 typedef struct be_params {
-    int n_threads;    /* cpu: 0 = all cores allowed to this process */
-    int device;       /* cuda: ordinal */
-    bool no_repack;   /* start at once from the mapped file, slower steps */
-    int cpu_experts;  /* cuda: layers whose experts stay in host memory; -1 = as many as needed */
+    int n_threads;   /* cpu: 0 = all cores allowed to this process */
+    int device;      /* cuda: ordinal */
+    bool no_repack;  /* start at once from the mapped file, slower steps */
+    int cpu_experts; /* cuda: layers whose experts stay in host memory; -1 = as many as needed */
 } be_params;
 
 /* ---- weights ---- */
@@ -50,7 +50,7 @@ typedef struct be_load {
 
 typedef struct be_weight { /* first member of each backend's own struct */
     be_use use;
-    q_type type; /* of part 0 */
+    q_type type;                 /* of part 0 */
     int64_t n_col, n_row, n_mat; /* n_row summed over parts */
     uint64_t bytes;              /* memory it occupies on the device */
 } be_weight;
@@ -84,10 +84,10 @@ typedef struct be_kv_spec {
     int n_layer, n_kv_head, head_dim;
     const int *window; /* [n_layer]: 0 = full attention, else window length including self */
     be_kv_type type;
-    int n_slot;            /* sequences in flight */
-    int n_ctx;             /* positions per sequence; tables have ceil(n_ctx / 64) entries */
+    int n_slot; /* sequences in flight */
+    int n_ctx;  /* positions per sequence; tables have ceil(n_ctx / 64) entries */
     int n_page[BE_N_POOLS];
-    int max_tok, max_out;  /* of one step */
+    int max_tok, max_out; /* of one step */
 } be_kv_spec;
 
 typedef struct be_kv { /* first member of each backend's own struct */
@@ -100,11 +100,12 @@ typedef struct be_kv { /* first member of each backend's own struct */
 /* Rows of one sequence are contiguous, their positions consecutive; a slot occurs once. Arrays stay valid until
  * step_end returns. Every page that a row reads or writes is mapped before step_begin. */
 typedef struct be_batch {
-    int n_tok;            /* 1..max_tok */
-    const int32_t *token; /* [n_tok]; BE_TOKEN_OF(k): what the last step sampled for its k-th output row (needs ops->sample) */
-    const int32_t *pos;   /* [n_tok] */
-    const int32_t *slot;  /* [n_tok] */
-    int n_out;            /* 0..max_out: rows whose logits are wanted */
+    int n_tok; /* 1..max_tok */
+    const int32_t
+        *token; /* [n_tok]; BE_TOKEN_OF(k): what the last step sampled for its k-th output row (needs ops->sample) */
+    const int32_t *pos;     /* [n_tok] */
+    const int32_t *slot;    /* [n_tok] */
+    int n_out;              /* 0..max_out: rows whose logits are wanted */
     const int32_t *out_row; /* [n_out], ascending */
 } be_batch;
 #define BE_TOKEN_OF(k) (-1 - (k))
@@ -173,8 +174,8 @@ struct be_ops {
     uint64_t (*kv_page_bytes)(be_device *d, const be_kv_spec *s, int pool);
     orcd_status (*kv_open)(be_device *d, const be_kv_spec *s, be_kv **out, orcd_error *err);
     void (*kv_close)(be_device *d, be_kv *kv);
-    void (*kv_map)(be_kv *kv, int pool, int slot, int index, int32_t page); /* -1 unmaps */
-    void (*kv_copy_page)(be_kv *kv, int pool, int32_t dst, int32_t src);    /* ordered with steps */
+    void (*kv_map)(be_kv *kv, int pool, int slot, int index, int32_t page);                     /* -1 unmaps */
+    void (*kv_copy_page)(be_kv *kv, int pool, int32_t dst, int32_t src);                        /* ordered with steps */
     orcd_status (*kv_read_page)(be_kv *kv, int pool, int32_t page, void *dst, orcd_error *err); /* page_bytes[pool] */
     orcd_status (*kv_write_page)(be_kv *kv, int pool, int32_t page, const void *src, orcd_error *err);
 
@@ -183,7 +184,8 @@ struct be_ops {
     orcd_status (*step_end)(be_step *s, orcd_error *err);
 
     /* required operations; n rows = rows of the input */
-    void (*embed)(be_step *s, const be_weight *table, const be_weight *pos_table, be_act *y); /* pos_table may be NULL */
+    void (*embed)(be_step *s, const be_weight *table, const be_weight *pos_table,
+                  be_act *y); /* pos_table may be NULL */
     void (*norm)(be_step *s, const be_norm *n, const be_act *x, be_act *y);
     void (*linear)(be_step *s, const be_weight *w, const be_act *x, be_act *y, be_epilogue e);
     void (*rope)(be_step *s, const be_attn *a, be_act *qkv); /* rows: q heads, k heads, v heads */
@@ -198,8 +200,10 @@ struct be_ops {
     void (*tap)(be_step *s, const char *name, int layer, const be_act *a, be_tap_fn fn, void *ctx);
 
     /* optional fused operations, NULL = composed of the required ones (compose.c); equal within tolerance, tested */
-    void (*norm_linear)(be_step *s, const be_norm *n, const be_weight *w, const be_act *x, be_act *tmp, be_act *y, be_epilogue e);
-    void (*attn_in)(be_step *s, const be_norm *n, const be_weight *wqkv, const be_attn *a, const be_act *x, be_act *tmp, be_act *qkv);
+    void (*norm_linear)(be_step *s, const be_norm *n, const be_weight *w, const be_act *x, be_act *tmp, be_act *y,
+                        be_epilogue e);
+    void (*attn_in)(be_step *s, const be_norm *n, const be_weight *wqkv, const be_attn *a, const be_act *x, be_act *tmp,
+                    be_act *qkv);
     void (*moe)(be_step *s, const be_norm *n, const be_weight *router, int top_k, const be_weight *gate_up,
                 const be_weight *down, const be_glu *g, be_act *tmp, be_act *route, be_act *x);
 

@@ -1,6 +1,7 @@
 #include "backend/compose.h"
 
-void be_norm_linear(be_step *s, const be_norm *n, const be_weight *w, const be_act *x, be_act *tmp, be_act *y, be_epilogue e) {
+void be_norm_linear(be_step *s, const be_norm *n, const be_weight *w, const be_act *x, be_act *tmp, be_act *y,
+                    be_epilogue e) {
     const be_ops *ops = s->dev->ops;
     if (ops->norm_linear) {
         ops->norm_linear(s, n, w, x, tmp, y, e);
@@ -10,7 +11,8 @@ void be_norm_linear(be_step *s, const be_norm *n, const be_weight *w, const be_a
     ops->linear(s, w, tmp, y, e);
 }
 
-void be_attn_in(be_step *s, const be_norm *n, const be_weight *wqkv, const be_attn *a, const be_act *x, be_act *tmp, be_act *qkv) {
+void be_attn_in(be_step *s, const be_norm *n, const be_weight *wqkv, const be_attn *a, const be_act *x, be_act *tmp,
+                be_act *qkv) {
     const be_ops *ops = s->dev->ops;
     if (ops->attn_in) {
         ops->attn_in(s, n, wqkv, a, x, tmp, qkv);

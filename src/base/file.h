@@ -16,7 +16,7 @@ typedef struct file_map {
 
 /* Map a regular file. On failure *out is zeroed and err names the path. */
 orcd_status file_open(const char *path, file_map *out, orcd_error *err) ORCD_MUST_USE;
-void file_close(file_map *f); /* accepts a zeroed map */
+void file_close(file_map *f);         /* accepts a zeroed map */
 bool file_changed(const file_map *f); /* true when the file has become shorter than the map */
 
 /* The whole of a small file (at most `limit` bytes) as a NUL-terminated string; free() it. */

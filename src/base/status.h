@@ -41,18 +41,18 @@ orcd_status orcd_fail_at(orcd_error *err, orcd_status code, uint64_t pos, const 
 /* "out of memory", "malformed file", ... Never NULL. */
 const char *orcd_status_name(orcd_status s);
 
-#define ORCD_TRY(expr)                     \
-    do {                                   \
-        orcd_status try_status_ = (expr);  \
-        if (try_status_ != ORCD_OK)        \
-            return try_status_;            \
+#define ORCD_TRY(expr)                                                                                                 \
+    do {                                                                                                               \
+        orcd_status try_status_ = (expr);                                                                              \
+        if (try_status_ != ORCD_OK)                                                                                    \
+            return try_status_;                                                                                        \
     } while (0)
 
-#define ORCD_TRY_GOTO(status, label, expr) \
-    do {                                   \
-        (status) = (expr);                 \
-        if ((status) != ORCD_OK)           \
-            goto label;                    \
+#define ORCD_TRY_GOTO(status, label, expr)                                                                             \
+    do {                                                                                                               \
+        (status) = (expr);                                                                                             \
+        if ((status) != ORCD_OK)                                                                                       \
+            goto label;                                                                                                \
     } while (0)
 
 #define ORCD_COUNT(array) (sizeof(array) / sizeof((array)[0]))

@@ -22,10 +22,10 @@ void mf_close(mf_file *f);
 
 mf_kind mf_kind_of(const mf_file *f);
 const char *mf_path(const mf_file *f);
-uint64_t mf_bytes(const mf_file *f); /* size on disk of the tensor files */
-const gguf *mf_gguf(const mf_file *f); /* NULL for MF_HF */
+uint64_t mf_bytes(const mf_file *f);     /* size on disk of the tensor files */
+const gguf *mf_gguf(const mf_file *f);   /* NULL for MF_HF */
 const st_model *mf_st(const mf_file *f); /* NULL for MF_GGUF */
-bool mf_changed(const mf_file *f); /* a mapped file became shorter */
+bool mf_changed(const mf_file *f);       /* a mapped file became shorter */
 
 /* general.architecture or config.json's model_type, as found ("gpt-oss", "gptoss", "gpt_oss", "gpt2"). */
 const char *mf_arch_name(const mf_file *f);

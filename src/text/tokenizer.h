@@ -26,9 +26,9 @@ void tok_close(tok *t);
 
 tok_kind tok_kind_of(const tok *t);
 tok_split tok_split_of(const tok *t);
-int32_t tok_n_vocab(const tok *t); /* one more than the largest id */
-int32_t tok_bos(const tok *t);     /* -1 when the model has none; never added by itself */
-int32_t tok_eos(const tok *t);     /* -1 when none */
+int32_t tok_n_vocab(const tok *t);             /* one more than the largest id */
+int32_t tok_bos(const tok *t);                 /* -1 when the model has none; never added by itself */
+int32_t tok_eos(const tok *t);                 /* -1 when none */
 bool tok_is_special(const tok *t, int32_t id); /* control or reserved */
 /* Id of a special token by its text ("<|start|>"), -1 when absent. */
 int32_t tok_special(const tok *t, const char *text);
@@ -47,7 +47,8 @@ typedef struct tok_stream {
     uint8_t n_held;
 } tok_stream;
 
-/* Append what has become whole characters; every maximal invalid subpart becomes U+FFFD (Unicode 15, 3.9, W3C practice). */
+/* Append what has become whole characters; every maximal invalid subpart becomes U+FFFD (Unicode 15, 3.9, W3C
+ * practice). */
 void tok_stream_push(tok_stream *s, const char *bytes, size_t len, buf *out);
 /* The end: a rest becomes one U+FFFD. */
 void tok_stream_end(tok_stream *s, buf *out);
