@@ -1,0 +1,153 @@
+/* engine/engine.h: a loaded model and the one thread that runs it: continuous batching over paged KV, prefix
+ * cache, sampling, stopping. May include arch and below. The command line and every server dialect use this door.
+ *
+ * Threads: eng_submit, eng_cancel and eng_stats may be called from any thread. Callbacks of a request come from the
+ * engine thread, one at a time and in order; they must not block and must not call eng_submit or eng_close. */
+#ifndef ORCD_ENGINE_ENGINE_H
+#define ORCD_ENGINE_ENGINE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "arch/arch.h"
+#include "base/status.h"
+#include "engine/sampler.h"
+#include "text/tokenizer.h"
+
+typedef struct eng eng;
+
+typedef struct eng_params {
+    const char *model;     /* GGUF file or Hugging Face folder */
+    const char *tokenizer; /* tokenizer.json, or NULL: found beside the model */
+    bool need_tokenizer;   /* false: a model without one is fine (ids in, ids out) */
+    const char *device;    /* "auto", "cpu", "ref", "cuda", "cuda:N" */
+    be_params backend;
+    int n_ctx;     /* positions per sequence; 0 = the largest that fits, at most the model's */
+    int max_batch; /* sequences in flight, 1..256; 0 = 1 */
+    int max_queue; /* waiting requests beyond them; 0 = 4 * max_batch */
+    int chunk;     /* prefill rows per step; 0 = the backend's best */
+    be_kv_type kv_type;
+    uint64_t kv_bytes;      /* KV memory in all; 0 = what n_ctx and max_batch ask for, within what is free */
+    uint64_t cache_bytes;   /* of it, for prefixes no one is using now; 0 = a default share; ENG_NO_CACHE = off */
+    arch_progress progress; /* while loading; may be NULL */
+    void *progress_ctx;
+} eng_params;
+#define ENG_NO_CACHE UINT64_MAX
+
+/* What was opened, for start-up lines, /health and inspect. Strings live as long as the engine. */
+typedef struct eng_info {
+    const char *model_name; /* file or folder name without ending */
+    const char *arch;
+    const char *quant; /* dominant stored type: "MXFP4", "Q8_0", ... */
+    char device[96];   /* "cpu: 2 threads, AVX-512 VNNI" */
+    int n_ctx, n_ctx_train, max_batch, n_vocab, chunk;
+    bool has_harmony;                           /* the tokenizer knows the harmony control tokens */
+    uint64_t weight_bytes, kv_bytes, act_bytes; /* on the device */
+    double load_s;
+} eng_info;
+
+/* Open file, tokenizer, device; plan memory (fails with required and available numbers before allocating); load;
+ * start the engine thread. */
+orcd_status eng_open(const eng_params *p, eng **out, orcd_error *err) ORCD_MUST_USE;
+/* Cancels what runs, joins the thread, frees everything. Accepts NULL. */
+void eng_close(eng *e);
+
+const eng_info *eng_get_info(const eng *e);
+const tok *eng_tok(const eng *e); /* NULL without a tokenizer */
+const arch_config *eng_config(const eng *e);
+arch_model *eng_model(eng *e); /* for logits and parity tools on an idle engine only */
+be_device *eng_device(eng *e);
+
+/* ---- requests ---- */
+
+typedef enum eng_stop {                     /* why a request ended */
+                        ENG_STOP_EOS,       /* a token of stop_id */
+                        ENG_STOP_LENGTH,    /* max_new reached, or the context is full */
+                        ENG_STOP_CALLER,    /* on_token answered ENG_END */
+                        ENG_STOP_CANCELLED, /* eng_cancel, shutdown */
+                        ENG_STOP_DEADLINE,
+                        ENG_STOP_ERROR, /* see result.error */
+} eng_stop;
+
+typedef struct eng_logprob {
+    int32_t id;
+    float logprob;
+} eng_logprob;
+
+typedef struct eng_token {
+    int32_t id;
+    int32_t index; /* 0-based among generated tokens */
+    bool forced;   /* injected by ENG_FORCE, not sampled */
+    float logprob; /* of this token, when top_logprobs >= 0, from the unmodified logits */
+    int n_top;
+    const eng_logprob *top; /* [n_top], best first */
+} eng_token;
+
+typedef enum eng_action { ENG_GO, ENG_END, ENG_FORCE } eng_action;
+typedef struct eng_verdict {
+    eng_action action;
+    const int32_t *id; /* ENG_FORCE: these come next (they are reported through on_token too), then sampling goes on */
+    int n;
+} eng_verdict;
+
+typedef struct eng_result {
+    eng_stop stop;
+    orcd_error error; /* ENG_STOP_ERROR */
+    int32_t n_prompt, n_cached, n_new;
+    double queue_s, prefill_s, decode_s; /* waiting; to the first token; from it to the last */
+    uint64_t seed;                       /* used, drawn when the request had none */
+} eng_result;
+
+typedef struct eng_request {
+    const int32_t *prompt; /* copied */
+    size_t n_prompt;       /* 1.. ; prompt + 1 must fit the context, else ORCD_ERR_LIMIT */
+    int32_t max_new;       /* >= 0; <= 0 means up to the context's end */
+    samp_params sampling;
+    bool has_seed;          /* else one is drawn and reported */
+    const int32_t *stop_id; /* copied; tokens that end the request; NULL with n 0: the tokenizer's eos */
+    int n_stop_id;
+    bool ignore_eos;
+    int top_logprobs;        /* -1 = none, 0..20 */
+    const uint32_t *bias_id; /* logit bias: copied */
+    const float *bias;
+    int n_bias;
+    const size_t *boundary; /* copied; prompt offsets (ascending) worth a cache entry: ends of messages */
+    int n_boundary;
+    uint64_t cache_salt; /* prefixes are shared among equal salts only */
+    double deadline_s;   /* from submission; 0 = none */
+
+    /* Every generated token, in order. NULL = just generate. */
+    eng_verdict (*on_token)(void *ctx, const eng_token *t);
+    /* Bitset over the vocabulary of what may come next, or NULL for everything; asked before each sampling. */
+    const uint32_t *(*mask)(void *ctx);
+    /* Prefill progress: tokens of the prompt done (cached ones included). May be NULL. */
+    void (*on_prefill)(void *ctx, int32_t done, int32_t total);
+    /* Exactly once, last, for every request that eng_submit accepted. */
+    void (*on_done)(void *ctx, const eng_result *r);
+    void *ctx;
+} eng_request;
+
+typedef uint64_t eng_ticket;
+
+/* Checks everything about the request now: ORCD_ERR_ARG, ORCD_ERR_LIMIT (context; queue full: err says which, code
+ * ORCD_ERR_LIMIT with pos 0 = context, 1 = queue, 2 = never fits the KV memory), else it is queued. */
+orcd_status eng_submit(eng *e, const eng_request *r, eng_ticket *out, orcd_error *err) ORCD_MUST_USE;
+/* Idempotent; an ended or unknown ticket is fine. on_done still comes. */
+void eng_cancel(eng *e, eng_ticket t);
+/* No new requests (ORCD_ERR_CANCELLED); what runs goes on. */
+void eng_drain(eng *e);
+
+typedef struct eng_stats { /* a snapshot, never blocking on the engine thread */
+    int n_running, n_waiting, max_batch;
+    uint64_t n_requests, n_tokens_in, n_tokens_cached, n_tokens_out, n_steps;
+    uint64_t n_by_stop[6];
+    int pages_used[BE_N_POOLS], pages_total[BE_N_POOLS], pages_cached[BE_N_POOLS];
+    uint64_t cache_hits, cache_lookups;
+    double step_s, forward_s; /* sums: time in steps, of it in the model's forward */
+    double heartbeat_age_s;   /* since the engine thread last went round its loop */
+    bool failed;              /* a sticky device error: the process should end with 74 */
+} eng_stats;
+void eng_get_stats(const eng *e, eng_stats *out);
+
+#endif
