@@ -16,8 +16,7 @@ typedef struct arch_config {
     int n_layer, n_embd, n_head, n_kv_head, head_dim, n_ff, n_vocab;
     int n_ctx;                   /* positions that the model was made for */
     int n_expert, n_expert_used; /* 0 without experts */
-    int window;                  /* sliding window of the window layers, 0 = none */
-    bool window_layer[ARCH_MAX_LAYERS];
+    int window[ARCH_MAX_LAYERS]; /* per layer: 0 = full attention, else the sliding window including self */
     float norm_eps;
     double rope_base, rope_factor, rope_beta_fast, rope_beta_slow;
     int rope_n_ctx_orig;
@@ -46,7 +45,13 @@ orcd_status arch_config_read(const arch *a, const mf_file *f, arch_config *out, 
 orcd_status arch_measure(const arch *a, const mf_file *f, const arch_config *c, arch_size *out,
                          orcd_error *err) ORCD_MUST_USE;
 
-typedef void (*arch_progress)(void *ctx, uint64_t done, uint64_t total); /* bytes */
+/* Memory that arch_load would take on this device, before anything is allocated. */
+orcd_status arch_plan(const arch *a, const mf_file *f, const arch_config *c, be_device *dev, int max_tok, int max_out,
+                      uint64_t *weight_bytes, uint64_t *act_bytes, orcd_error *err) ORCD_MUST_USE;
+/* Fill the model's part of a KV spec: layers, heads, windows. spec->window points into the configuration. */
+void arch_kv_spec(const arch_config *c, be_kv_spec *spec);
+
+typedef void (*arch_progress)(void *ctx, uint64_t done, uint64_t total); /* bytes as stored */
 
 /* Load every weight onto the device and make the activations for steps of at most max_tok rows, max_out outputs. */
 orcd_status arch_load(const arch *a, const mf_file *f, const arch_config *c, be_device *dev, int max_tok, int max_out,
@@ -55,8 +60,6 @@ void arch_unload(arch_model *m);
 
 const arch_config *arch_config_of(const arch_model *m);
 uint64_t arch_device_bytes(const arch_model *m); /* weights and activations on the device */
-/* Fill the model's part of a KV spec: layers, heads, windows. spec->window points into the model. */
-void arch_kv_spec(const arch_model *m, be_kv_spec *spec);
 /* Record the whole model; the logits of the batch's output rows, [n_out, n_vocab] F32, are in the returned
  * activation after step_end. */
 be_act *arch_forward(arch_model *m, be_step *s);
