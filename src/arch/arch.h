@@ -23,7 +23,6 @@ typedef struct arch_config {
     bool rope_truncate;
     float glu_alpha, glu_limit;
     bool gelu_tanh;
-    bool tied_head;
 } arch_config;
 
 typedef struct arch arch;
