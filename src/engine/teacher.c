@@ -1,0 +1,134 @@
+#include "engine/teacher.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+struct teacher {
+    mf_file *file;
+    be_device *dev;
+    arch_config cfg;
+    arch_model *model;
+    be_kv *kv;
+    int n_ctx, chunk;
+    int32_t *token, *pos, *slot, *out_row; /* [chunk] */
+    float *row;                            /* [n_vocab], where the host cannot address the device */
+};
+
+static orcd_status open_kv(teacher *t, be_kv_type type, orcd_error *err) {
+    int n_page = (t->n_ctx + BE_PAGE - 1) / BE_PAGE;
+    be_kv_spec spec = {.type = type,
+                       .n_slot = 1,
+                       .n_ctx = t->n_ctx,
+                       .n_page = {n_page, n_page},
+                       .max_tok = t->chunk,
+                       .max_out = t->chunk};
+    arch_kv_spec(&t->cfg, &spec);
+    ORCD_TRY(t->dev->ops->kv_open(t->dev, &spec, &t->kv, err));
+    for (int pool = 0; pool < BE_N_POOLS; pool++)
+        for (int i = 0; i < n_page; i++)
+            t->dev->ops->kv_map(t->kv, pool, 0, i, i);
+    return ORCD_OK;
+}
+
+orcd_status teacher_open(const teacher_params *p, teacher **out, orcd_error *err) {
+    orcd_status st = ORCD_ERR_NOMEM;
+    const arch *a;
+    *out = NULL;
+    const be_ops *ops = be_find(p->backend);
+    if (!ops)
+        return orcd_fail(err, ORCD_ERR_ARG, "backend \"%s\" is not in this build", p->backend);
+    teacher *t = calloc(1, sizeof *t);
+    if (!t)
+        return orcd_fail(err, st, "out of memory");
+    t->chunk = p->chunk > 0 ? p->chunk : 128;
+    t->n_ctx = p->n_ctx;
+    ORCD_TRY_GOTO(st, done, mf_open(p->model, &t->file, err));
+    ORCD_TRY_GOTO(st, done, arch_identify(t->file, &a, err));
+    ORCD_TRY_GOTO(st, done, arch_config_read(a, t->file, &t->cfg, err));
+    if (t->n_ctx < 1 || t->n_ctx > t->cfg.n_ctx) {
+        st = orcd_fail(err, ORCD_ERR_LIMIT, "%d positions asked for; %s has 1 to %d", t->n_ctx, p->model, t->cfg.n_ctx);
+        goto done;
+    }
+    ORCD_TRY_GOTO(st, done, ops->open(&p->device, &t->dev, err));
+    ORCD_TRY_GOTO(
+        st, done,
+        arch_load(a, t->file, &t->cfg, t->dev, t->chunk, t->chunk, p->progress, p->progress_ctx, &t->model, err));
+    ORCD_TRY_GOTO(st, done, open_kv(t, p->kv_type, err));
+    size_t n = (size_t)t->chunk;
+    t->token = calloc(n, sizeof *t->token);
+    t->pos = calloc(n, sizeof *t->pos);
+    t->slot = calloc(n, sizeof *t->slot);
+    t->out_row = calloc(n, sizeof *t->out_row);
+    t->row = calloc((size_t)t->cfg.n_vocab, sizeof *t->row);
+    if (!t->token || !t->pos || !t->slot || !t->out_row || !t->row) {
+        st = orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
+        goto done;
+    }
+    *out = t;
+    t = NULL;
+done:
+    teacher_close(t);
+    return st;
+}
+
+void teacher_close(teacher *t) {
+    if (!t)
+        return;
+    if (t->kv)
+        t->dev->ops->kv_close(t->dev, t->kv);
+    arch_unload(t->model);
+    if (t->dev)
+        t->dev->ops->close(t->dev);
+    mf_close(t->file);
+    free(t->token);
+    free(t->pos);
+    free(t->slot);
+    free(t->out_row);
+    free(t->row);
+    free(t);
+}
+
+const arch_config *teacher_config(const teacher *t) { return &t->cfg; }
+
+arch_model *teacher_model(teacher *t) { return t->model; }
+
+static orcd_status step(teacher *t, const int32_t *ids, int64_t pos0, int n, int64_t first, be_act **logits, int *n_out,
+                        orcd_error *err) {
+    *n_out = 0;
+    for (int i = 0; i < n; i++) {
+        t->token[i] = ids[pos0 + i];
+        t->pos[i] = (int32_t)(pos0 + i);
+        if (pos0 + i >= first)
+            t->out_row[(*n_out)++] = i;
+    }
+    be_batch b = {n, t->token, t->pos, t->slot, *n_out, t->out_row};
+    be_step *s;
+    ORCD_TRY(t->dev->ops->step_begin(t->dev, t->kv, &b, &s, err));
+    *logits = arch_forward(t->model, s);
+    return t->dev->ops->step_end(s, err);
+}
+
+orcd_status teacher_run(teacher *t, const int32_t *ids, int64_t n, int64_t first, teacher_fn fn, void *ctx,
+                        orcd_error *err) {
+    if (n > t->n_ctx)
+        return orcd_fail(err, ORCD_ERR_LIMIT, "%lld tokens do not fit a context of %d", (long long)n, t->n_ctx);
+    for (int64_t i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= t->cfg.n_vocab)
+            return orcd_fail_at(err, ORCD_ERR_ARG, (uint64_t)i * sizeof *ids,
+                                "token %lld has the id %d; the vocabulary has ids 0 to %d", (long long)i, ids[i],
+                                t->cfg.n_vocab - 1);
+    for (int64_t pos0 = 0; pos0 < n; pos0 += t->chunk) {
+        int rows = n - pos0 < t->chunk ? (int)(n - pos0) : t->chunk, n_out;
+        be_act *logits;
+        ORCD_TRY(step(t, ids, pos0, rows, first, &logits, &n_out, err));
+        const float *host = t->dev->ops->act_host(t->dev, logits);
+        for (int k = 0; k < n_out; k++) {
+            const float *row = host ? host + (size_t)k * (size_t)t->cfg.n_vocab : t->row;
+            if (!host)
+                ORCD_TRY(t->dev->ops->act_read(t->dev, logits, k, 1, t->row, err));
+            if (!fn(ctx, pos0 + rows - n_out + k, row))
+                return ORCD_OK;
+        }
+    }
+    return ORCD_OK;
+}

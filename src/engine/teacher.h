@@ -1,0 +1,35 @@
+/* engine/teacher.h: a model under teacher forcing: logits of a given token sequence, without scheduler or sampler.
+ * For `orcd logits`, the golden tests, validation and perplexity. May include arch and below. */
+#ifndef ORCD_ENGINE_TEACHER_H
+#define ORCD_ENGINE_TEACHER_H
+
+#include "arch/arch.h"
+#include "base/status.h"
+
+typedef struct teacher teacher;
+
+typedef struct teacher_params {
+    const char *model;
+    const char *backend; /* "ref", "cpu", "cuda" */
+    be_params device;
+    be_kv_type kv_type;
+    int n_ctx; /* longest sequence */
+    int chunk; /* rows per step; 0 = 128 */
+    arch_progress progress;
+    void *progress_ctx;
+} teacher_params;
+
+orcd_status teacher_open(const teacher_params *p, teacher **out, orcd_error *err) ORCD_MUST_USE;
+void teacher_close(teacher *t);
+const arch_config *teacher_config(const teacher *t);
+arch_model *teacher_model(teacher *t);
+
+/* Row `pos` of the sequence: logits [n_vocab], valid during the call. A false answer ends the run. */
+typedef bool (*teacher_fn)(void *ctx, int64_t pos, const float *logits);
+
+/* Run ids[0..n) from an empty context; fn sees rows from `first` on, in order. ORCD_ERR_ARG names an id outside the
+ * vocabulary, ORCD_ERR_LIMIT a sequence longer than n_ctx. */
+orcd_status teacher_run(teacher *t, const int32_t *ids, int64_t n, int64_t first, teacher_fn fn, void *ctx,
+                        orcd_error *err) ORCD_MUST_USE;
+
+#endif
