@@ -52,6 +52,7 @@ typedef struct gguf_tensor {
     const uint8_t *data; /* in the map, inside the file, disjoint from every other tensor */
     uint64_t bytes;
     uint64_t pos; /* byte position of this tensor's info record */
+    bool paired;  /* type number 4, early ollama: MXFP4 blocks whose byte b holds values 2b (low) and 2b + 1 (high) */
 } gguf_tensor;
 
 typedef struct gguf gguf;
@@ -62,6 +63,8 @@ orcd_status gguf_open(const char *path, gguf **out, orcd_error *err) ORCD_MUST_U
 orcd_status gguf_parse(const uint8_t *data, size_t size, gguf **out, orcd_error *err) ORCD_MUST_USE;
 void gguf_close(gguf *g);
 
+uint64_t gguf_bytes(const gguf *g); /* size of the file */
+bool gguf_changed(const gguf *g);   /* the mapped file became shorter */
 uint32_t gguf_version(const gguf *g);
 uint64_t gguf_alignment(const gguf *g);
 uint64_t gguf_n_kv(const gguf *g);
@@ -94,7 +97,8 @@ void gguf_put_u32(gguf_writer *w, const char *key, uint32_t v);
 void gguf_put_f32(gguf_writer *w, const char *key, float v);
 void gguf_put_bool(gguf_writer *w, const char *key, bool v);
 void gguf_put_str(gguf_writer *w, const char *key, const char *s, size_t len);
-void gguf_put_kv(gguf_writer *w, const gguf_kv *kv); /* a copy of a value of another file */
+void gguf_put_kv(gguf_writer *w,
+                 const gguf_kv *kv); /* a copy of another file's value; its general.alignment is ignored */
 void gguf_put_str_array(gguf_writer *w, const char *key, const gguf_str *s, uint64_t n);
 void gguf_put_i32_array(gguf_writer *w, const char *key, const int32_t *v, uint64_t n);
 void gguf_put_tensor(gguf_writer *w, const char *name, q_type type, uint32_t n_dims, const uint64_t *ne);
