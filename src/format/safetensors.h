@@ -4,6 +4,7 @@
 #ifndef ORCD_FORMAT_SAFETENSORS_H
 #define ORCD_FORMAT_SAFETENSORS_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "base/file.h"
@@ -46,6 +47,8 @@ orcd_status st_open(const char *path, st_model **out, orcd_error *err) ORCD_MUST
 orcd_status st_parse(const uint8_t *data, size_t size, st_model **out, orcd_error *err) ORCD_MUST_USE;
 void st_close(st_model *m);
 
+uint64_t st_bytes(const st_model *m); /* size of all files */
+bool st_changed(const st_model *m);   /* a mapped file became shorter */
 uint64_t st_n_tensors(const st_model *m);
 const st_tensor *st_tensor_at(const st_model *m, uint64_t i);
 const st_tensor *st_find(const st_model *m, const char *name); /* NULL when absent */
