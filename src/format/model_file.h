@@ -49,11 +49,12 @@ typedef struct mf_tensor {
     const uint8_t *data; /* all rows, contiguous and canonical, in the map; NULL when rows must be made by mf_rows */
     uint64_t pos;        /* where the file describes it, for error messages */
     struct mf_view {
-        const uint8_t *base, *scales; /* stored values; E8M0 scales of safetensors MXFP4 */
+        const uint8_t *base, *scales; /* stored values; scales: E8M0 of MXFP4 that is not canonical, else NULL */
         uint64_t row_bytes, mat_bytes, scale_row_bytes, scale_mat_bytes;
-        uint64_t row_first, row_step; /* row r of the view is stored row row_first + r * row_step */
-        bool transposed;              /* stored [n_col][n_row]: Conv1D and unquantised HF experts */
-        uint64_t stored_rows;         /* stored row count when transposed */
+        uint32_t block_step, scale_step; /* bytes from one MXFP4 block, or scale, to the next */
+        uint64_t row_first, row_step;    /* row r of the view is stored row row_first + r * row_step */
+        bool transposed;                 /* stored [n_col][n_row]: Conv1D and unquantised HF experts */
+        uint64_t stored_rows;            /* stored row count when transposed */
     } view;
 } mf_tensor;
 
