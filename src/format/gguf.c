@@ -578,3 +578,12 @@ gguf_str gguf_next_str(const uint8_t **cursor) {
     *cursor += 8 + s.len;
     return s;
 }
+
+size_t gguf_kv_bytes(const gguf_kv *kv) {
+    if (kv->elem != GGUF_STRING)
+        return kv->n * value_bytes(kv->elem);
+    const uint8_t *cursor = kv->data;
+    for (uint64_t i = 0; i < kv->n; i++)
+        (void)gguf_next_str(&cursor);
+    return (size_t)(cursor - kv->data);
+}

@@ -87,6 +87,8 @@ bool gguf_string(const gguf *g, const char *key, gguf_str *out);
 bool gguf_array(const gguf *g, const char *key, gguf_type elem, const gguf_kv **out);
 /* Walk a string array: *cursor starts as kv->data and moves on; call at most kv->n times. */
 gguf_str gguf_next_str(const uint8_t **cursor);
+/* Bytes that the value, or all values of the array, take in the file. */
+size_t gguf_kv_bytes(const gguf_kv *kv);
 
 /* ---- writer: keys and tensor infos are declared first, then the data of each tensor in order ---- */
 typedef struct gguf_writer gguf_writer;
