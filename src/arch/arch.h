@@ -47,6 +47,8 @@ orcd_status arch_measure(const arch *a, const mf_file *f, const arch_config *c, 
 /* Memory that arch_load would take on this device, before anything is allocated. */
 orcd_status arch_plan(const arch *a, const mf_file *f, const arch_config *c, be_device *dev, int max_tok, int max_out,
                       uint64_t *weight_bytes, uint64_t *act_bytes, orcd_error *err) ORCD_MUST_USE;
+/* Activations of steps of at most max_tok rows and max_out outputs, as floats: an upper bound. */
+uint64_t arch_act_bytes(const arch_config *c, int max_tok, int max_out);
 /* Fill the model's part of a KV spec: layers, heads, windows. spec->window points into the configuration. */
 void arch_kv_spec(const arch_config *c, be_kv_spec *spec);
 

@@ -242,7 +242,7 @@ static void list_acts(const arch_config *c, act_spec spec[N_ACTS]) {
     memcpy(spec, list, sizeof list);
 }
 
-static uint64_t act_bytes(const arch_config *c, int max_tok, int max_out) {
+uint64_t arch_act_bytes(const arch_config *c, int max_tok, int max_out) {
     act_spec spec[N_ACTS];
     uint64_t sum = 0;
     list_acts(c, spec);
@@ -256,7 +256,7 @@ orcd_status arch_plan(const arch *a, const mf_file *f, const arch_config *c, be_
     planning p = {dev, 0};
     ORCD_TRY(visit_all(a, f, c, plan_one, &p, err));
     *weight_bytes = p.bytes;
-    *activation_bytes = act_bytes(c, max_tok, max_out);
+    *activation_bytes = arch_act_bytes(c, max_tok, max_out);
     return ORCD_OK;
 }
 
@@ -289,7 +289,7 @@ static orcd_status make_acts(arch_model *m, int max_tok, int max_out, orcd_error
             ORCD_TRY(m->dev->ops->act_new(m->dev, spec[i].form, spec[i].per_output ? max_out : max_tok, spec[i].width,
                                           act, err));
         }
-    m->device_bytes += act_bytes(&m->cfg, max_tok, max_out);
+    m->device_bytes += arch_act_bytes(&m->cfg, max_tok, max_out);
     return ORCD_OK;
 }
 

@@ -1,0 +1,38 @@
+#include "cli/engine_options.h"
+
+#include <string.h>
+
+samp_params sampling_of(const sampling_options *o) {
+    return (samp_params){.temperature = (float)o->temp,
+                         .top_p = (float)o->top_p,
+                         .min_p = (float)o->min_p,
+                         .top_k = (int32_t)o->top_k,
+                         .repetition_penalty = (float)o->repeat,
+                         .presence_penalty = (float)o->presence,
+                         .frequency_penalty = (float)o->frequency,
+                         .seed = o->seed.value};
+}
+
+orcd_status open_engine(const engine_options *o, const char *model, bool need_tokenizer, eng **out, orcd_error *err) {
+    char path[4096];
+    bar b;
+    ORCD_TRY(cli_model_path(model, path, sizeof path, err));
+    bar_begin(&b, "loading", "B");
+    eng_params p = {
+        .model = path,
+        .tokenizer = o->tokenizer,
+        .need_tokenizer = need_tokenizer,
+        .device = o->device,
+        .backend = {.n_threads = (int)o->threads, .no_repack = o->no_repack, .cpu_experts = (int)o->cpu_experts},
+        .n_ctx = (int)o->ctx,
+        .max_batch = (int)o->batch,
+        .chunk = (int)o->chunk,
+        .kv_type = strcmp(o->kv_type, "f32") == 0  ? BE_KV_F32
+                   : strcmp(o->kv_type, "f8") == 0 ? BE_KV_F8
+                                                   : BE_KV_F16,
+        .progress = bar_update,
+        .progress_ctx = &b};
+    orcd_status st = eng_open(&p, out, err);
+    bar_end(&b);
+    return st;
+}

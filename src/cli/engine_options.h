@@ -1,0 +1,67 @@
+/* cli/engine_options.h: the options of every command that runs a model. */
+#ifndef ORCD_CLI_ENGINE_OPTIONS_H
+#define ORCD_CLI_ENGINE_OPTIONS_H
+
+#include "cli/cli.h"
+#include "engine/engine.h"
+
+typedef struct engine_options {
+    const char *device, *tokenizer, *kv_type;
+    int64_t threads, ctx, chunk, batch, cpu_experts;
+    bool no_repack;
+} engine_options;
+
+#define ENGINE_DEFAULTS                                                                                                \
+    { .device = "auto", .kv_type = "f16" }
+
+#define ENGINE_OPTIONS(owner, member)                                                                                  \
+    {"device", 0, CLI_STR, offsetof(owner, member.device), 0, 0, "auto|cpu|cuda[:N]|ref", "what computes"},            \
+        {"threads", 't', CLI_INT, offsetof(owner, member.threads), 0, 1024, "N", "CPU threads (default: all cores)"},  \
+        {"ctx", 'c',     CLI_INT, offsetof(owner, member.ctx),                                                         \
+         0,     1 << 20, "N",     "context length (default: the largest that fits)"},                                  \
+        {"chunk", 0, CLI_INT, offsetof(owner, member.chunk), 0, 8192, "N", "prompt tokens per step"},                  \
+        {"kv-type", 0, CLI_CHOICE, offsetof(owner, member.kv_type), 0, 0, "f16|f32|f8", "precision of the KV cache"},  \
+        {"cpu-experts",                                                                                                \
+         0,                                                                                                            \
+         CLI_INT,                                                                                                      \
+         offsetof(owner, member.cpu_experts),                                                                          \
+         -1,                                                                                                           \
+         1024,                                                                                                         \
+         "N",                                                                                                          \
+         "layers whose experts stay in host memory (cuda; -1 = as many as needed)"},                                   \
+        {"no-repack", 0, CLI_FLAG, offsetof(owner, member.no_repack),                                                  \
+         0,           0, "",       "start at once from the mapped file, with slower steps (cpu)"},                     \
+    {                                                                                                                  \
+        "tokenizer", 0, CLI_STR, offsetof(owner, member.tokenizer), 0, 0, "FILE",                                      \
+            "tokenizer.json, when it is not beside the model"                                                          \
+    }
+
+typedef struct sampling_options {
+    double temp, top_p, min_p, repeat, presence, frequency;
+    int64_t top_k;
+    cli_u64 seed;
+} sampling_options;
+
+#define SAMPLING_DEFAULTS                                                                                              \
+    { .temp = 1, .top_p = 1, .repeat = 1 }
+
+#define SAMPLING_OPTIONS(owner, member)                                                                                 \
+    {                                                                                                                   \
+        "temp", 0, CLI_NUM, offsetof(owner, member.temp),                                                               \
+        0,      2, "X",     "temperature (default 1; 0 = always the likeliest)"},                                       \
+        {"top-k", 0, CLI_INT, offsetof(owner, member.top_k), 0, 1 << 20, "N", "keep the N likeliest (default 0: all)"}, \
+        {"top-p", 0, CLI_NUM, offsetof(owner, member.top_p), 0, 1, "X", "keep this share of probability (default 1)"},  \
+        {"min-p", 0, CLI_NUM, offsetof(owner, member.min_p), 0, 1, "X", "keep at least X of the best's (default 0)"},   \
+        {"repeat-penalty", 0, CLI_NUM, offsetof(owner, member.repeat), 0.01, 2, "X", "against repetition (default 1)"}, \
+        {"presence-penalty", 0, CLI_NUM, offsetof(owner, member.presence), -2, 2, "X", "off at 0"},                     \
+        {"frequency-penalty", 0, CLI_NUM, offsetof(owner, member.frequency), -2, 2, "X", "off at 0"}, {                 \
+        "seed", 's', CLI_U64, offsetof(owner, member.seed), 0, 0, "N", "same seed, same text (default: drawn)"          \
+    }
+
+samp_params sampling_of(const sampling_options *o);
+
+/* Open with a load bar on the terminal. model NULL = the bundled one. */
+orcd_status open_engine(const engine_options *o, const char *model, bool need_tokenizer, eng **out,
+                        orcd_error *err) ORCD_MUST_USE;
+
+#endif

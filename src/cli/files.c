@@ -1,0 +1,44 @@
+#include "cli/cli.h"
+
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/file.h"
+
+orcd_status cli_model_path(const char *given, char *path, size_t cap, orcd_error *err) {
+    static const char *const place[] = {"models", "../models", "../share/orcd"};
+    if (given) {
+        snprintf(path, cap, "%s", given);
+        return ORCD_OK;
+    }
+    char program[PATH_MAX];
+    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    program[n > 0 ? n : 0] = '\0';
+    char *slash = strrchr(program, '/');
+    if (slash)
+        *slash = '\0';
+    for (size_t i = 0; i < ORCD_COUNT(place); i++) {
+        int len = snprintf(path, cap, "%s/%s/fable.gguf", program, place[i]);
+        if (len > 0 && (size_t)len < cap && file_exists(path))
+            return ORCD_OK;
+    }
+    return orcd_fail(err, ORCD_ERR_IO, "the bundled model fable.gguf is not beside the program in %s; name a MODEL",
+                     program);
+}
+
+orcd_status cli_read_ids(const char *path, ids *out, orcd_error *err) {
+    file_map f;
+    ORCD_TRY(file_open(path, &f, err));
+    if (f.size == 0 || f.size % 4 != 0) {
+        size_t size = f.size;
+        file_close(&f);
+        return orcd_fail(err, ORCD_ERR_FORMAT, "%s: %zu bytes are not a list of int32 token ids", path, size);
+    }
+    for (size_t i = 0; i < f.size; i += 4)
+        ids_push(out, (int32_t)((uint32_t)f.data[i] | (uint32_t)f.data[i + 1] << 8 | (uint32_t)f.data[i + 2] << 16 |
+                                (uint32_t)f.data[i + 3] << 24));
+    file_close(&f);
+    return out->failed ? orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the ids of %s", path) : ORCD_OK;
+}
