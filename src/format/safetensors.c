@@ -305,8 +305,12 @@ static orcd_status open_index(st_model *m, const char *dir, const char *index_pa
         goto done;
     }
     map = json_object_get(root, "weight_map");
-    if (!json_is_object(map) || !(m->shard = calloc(SHARDS_MAX, sizeof *m->shard))) {
-        s = orcd_fail(err, map ? ORCD_ERR_NOMEM : ORCD_ERR_FORMAT, "%s has no weight_map", index_path);
+    if (!json_is_object(map)) {
+        s = orcd_fail(err, ORCD_ERR_FORMAT, "%s has no weight_map", index_path);
+        goto done;
+    }
+    if (!(m->shard = calloc(SHARDS_MAX, sizeof *m->shard))) {
+        s = orcd_fail(err, ORCD_ERR_NOMEM, "no memory to open %s", index_path);
         goto done;
     }
     json_object_foreach(map, key, v) {
