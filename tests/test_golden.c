@@ -13,11 +13,15 @@
 #include "engine/teacher.h"
 
 typedef struct golden {
-    const char *folder;
-    int n_prompt;
+    const char *folder; /* under tests/golden */
+    const char *model;  /* NULL: the folder is the checkpoint */
+    int n_prompt, n_ctx;
 } golden;
 
-static const golden goldens[] = {{"gptoss-mini", 5}, {"gptoss-mini-topk2", 1}, {"gpt2-mini", 3}};
+static const golden goldens[] = {{"gptoss-mini", NULL, 5, 5120},
+                                 {"gptoss-mini-topk2", NULL, 1, 128},
+                                 {"gpt2-mini", NULL, 3, 256},
+                                 {"fable", "models/fable.gguf", 3, 1024}};
 
 typedef struct compare {
     const float *want; /* rows from `first` on */
@@ -66,18 +70,18 @@ static bool map(const char *folder, const char *what, int k, const char *ending,
     return file_exists(path) && file_open(path, f, &err) == ORCD_OK;
 }
 
-static teacher *open_model(const char *folder, const char *backend, int chunk) {
+static teacher *open_model(const golden *g, const char *backend, int chunk) {
     char path[256];
     orcd_error err;
     teacher *t = NULL;
-    snprintf(path, sizeof path, "tests/golden/%s", folder);
-    teacher_params p = {.model = path,
+    snprintf(path, sizeof path, "tests/golden/%s", g->folder);
+    teacher_params p = {.model = g->model ? g->model : path,
                         .backend = backend,
                         .kv_type = BE_KV_F32,
-                        .n_ctx = strcmp(folder, "gpt2-mini") == 0 ? 256 : 5120,
+                        .n_ctx = g->n_ctx,
                         .chunk = chunk};
     if (teacher_open(&p, &t, &err) != ORCD_OK)
-        fail_msg("%s on %s: %s", folder, backend, err.message);
+        fail_msg("%s on %s: %s", g->folder, backend, err.message);
     return t;
 }
 
@@ -89,7 +93,7 @@ static void run(teacher *t, const int32_t *id, int64_t n, int64_t first, compare
 
 /* All prompts of one model: the sums over its positions are in *total. */
 static void run_model(const golden *g, const char *backend, compare *total) {
-    teacher *t = open_model(g->folder, backend, 96);
+    teacher *t = open_model(g, backend, 96);
     int64_t n_vocab = teacher_config(t)->n_vocab;
     *total = (compare){.min_cosine = 1, .n_vocab = n_vocab};
     for (int k = 0; k < g->n_prompt; k++) {
@@ -109,7 +113,7 @@ static void run_model(const golden *g, const char *backend, compare *total) {
             memcpy(all + n, greedy.data, (size_t)m * 4);
             total->greedy = all + n;
             total->greedy_from = n - 1;
-            if (n + m - 1 <= (strcmp(g->folder, "gpt2-mini") == 0 ? 256 : 5120))
+            if (n + m - 1 <= g->n_ctx)
                 run(t, all, n + m - 1, n - 1, total);
             free(all);
             file_close(&greedy);
@@ -163,7 +167,7 @@ static void test_prefill_equals_decode(void **state) {
         file_map logits;
         assert_true(map("gptoss-mini", "logits", 3, "f32", &logits));
         for (size_t k = 0; k < ORCD_COUNT(chunk); k++) {
-            teacher *t = open_model("gptoss-mini", be_at(b)->name, chunk[k]);
+            teacher *t = open_model(&goldens[0], be_at(b)->name, chunk[k]);
             compare c = {.want = (const float *)(const void *)logits.data, .n_vocab = 512, .min_cosine = 1};
             run(t, (const int32_t *)(const void *)prompt.data, n, 0, &c);
             assert_true(c.min_cosine >= 0.999);
