@@ -1,21 +1,12 @@
 /* The GGUF reader on good, limiting and hostile images. T-n are the names of facts about past vulnerabilities. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
-#include <cmocka.h>
-
 #include "gguf_image.h"
 #include "relations.h"
+#include "testing.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #define SANITIZED 1
@@ -539,13 +530,6 @@ static void type_4_is_mxfp4_with_paired_values(void **state) {
     refused(&m, ORCD_ERR_FORMAT, 24, "past the end");
 }
 
-static uint64_t next_random(uint64_t *s) {
-    *s ^= *s << 13;
-    *s ^= *s >> 7;
-    *s ^= *s << 17;
-    return *s;
-}
-
 /* Bit flips, integers at their edges, in twos and threes: an error or a file that keeps every relation. */
 static void mutations_never_crash(void **state) {
     (void)state;
@@ -556,8 +540,8 @@ static void mutations_never_crash(void **state) {
         orcd_error err;
         good(&m);
         size_t header = m.b.len - 98;
-        for (uint64_t k = 1 + next_random(&seed) % 3; k > 0; k--) {
-            uint64_t r = next_random(&seed);
+        for (uint64_t k = 1 + t_random(&seed) % 3; k > 0; k--) {
+            uint64_t r = t_random(&seed);
             const field *f = &m.field[r % (uint64_t)m.n_fields];
             if (r >> 62 == 0)
                 m.b.data[(r >> 8) % header] ^= (char)(1 << (r % 8));

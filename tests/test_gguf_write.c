@@ -1,19 +1,10 @@
 /* The GGUF writer: what it wrote reads back the same, and a failed writer leaves no file. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <cmocka.h>
-
 #include "gguf_image.h"
 #include "relations.h"
+#include "testing.h"
 
 static char dir[] = "/tmp/orcd-gw-XXXXXX", path[64], part[64];
 

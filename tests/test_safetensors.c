@@ -1,20 +1,11 @@
 /* The safetensors reader: the reference implementation's unit tests under their own names, sharded folders, mutations.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <cmocka.h>
-
 #include "base/buf.h"
 #include "relations.h"
+#include "testing.h"
 
 static orcd_status parse(const void *data, size_t size, orcd_error *err) {
     uint8_t *copy = malloc(size ? size : 1);
@@ -381,13 +372,6 @@ static void truncated_at_every_byte(void **state) {
     buf_free(&b);
 }
 
-static uint64_t next_random(uint64_t *s) {
-    *s ^= *s << 13;
-    *s ^= *s >> 7;
-    *s ^= *s << 17;
-    return *s;
-}
-
 /* Replace one run of digits of the header by a number at an edge; the header length follows. */
 static void mutate_number(buf *b, uint64_t r) {
     static const char *const edge[] = {"0",
@@ -429,8 +413,8 @@ static void mutations_never_crash(void **state) {
         buf b = {0};
         orcd_error err;
         image(&b, valid, 50);
-        for (uint64_t k = 1 + next_random(&seed) % 2; k > 0; k--) {
-            uint64_t r = next_random(&seed);
+        for (uint64_t k = 1 + t_random(&seed) % 2; k > 0; k--) {
+            uint64_t r = t_random(&seed);
             if (r >> 62 == 0)
                 b.data[(r >> 8) % (b.len - 50)] ^= (char)(1 << (r % 8));
             else if (r >> 62 == 1)
