@@ -1,5 +1,4 @@
-/* The safetensors reader: the reference implementation's unit tests under their own names, sharded folders, mutations.
- */
+/* The safetensors reader: the unit tests of the reference under their own names, sharded folders, mutations. */
 #include <sys/stat.h>
 #include <unistd.h>
 
