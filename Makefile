@@ -17,7 +17,7 @@ PKGS := libmicrohttpd jansson libutf8proc libcurl libsodium libedit
 DEBS := gcc g++ libc6-dev pkg-config libmicrohttpd-dev libjansson-dev libutf8proc-dev libcurl4-openssl-dev \
         libsodium-dev libedit-dev libcmocka-dev clang-format-14 python3 python3-venv python3-numpy
 
-B := build$(if $(SAN),-san-$(SAN))$(if $(filter 0,$(CUDA)),-nocuda)
+B := $(if $(filter fuzz,$(SAN)),build-fuzz,build$(if $(SAN),-san-$(SAN))$(if $(filter 0,$(CUDA)),-nocuda))
 
 WARN := -Wall -Wextra -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes -Wvla -Werror
 WARN_FLOOR01 := -Wconversion -Wno-sign-conversion
@@ -32,6 +32,9 @@ LDFLAGS += -fsanitize=address,undefined
 else ifeq ($(SAN),thread)
 CFLAGS += -fsanitize=thread -fno-omit-frame-pointer -U_FORTIFY_SOURCE
 LDFLAGS += -fsanitize=thread
+else ifeq ($(SAN),fuzz)
+CFLAGS += -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -U_FORTIFY_SOURCE
+LDFLAGS += -fsanitize=fuzzer,address,undefined
 endif
 
 SRC := $(sort $(shell find src -name '*.c'))
@@ -52,7 +55,7 @@ endif
 TESTS := $(sort $(wildcard tests/test_*.c))
 TESTBIN := $(TESTS:tests/%.c=$B/tests/%)
 
-.PHONY: all run test lint format deps clean install test-cuda
+.PHONY: all run test fuzz fuzz-programs lint format deps clean install test-cuda
 
 all: deps $B/orcd $B/liborcd.a
 	$(Q)ln -sf $B/orcd orcd
@@ -86,13 +89,23 @@ $B/tests/%: $B/tests/%.o $B/liborcd.a
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
 
-.SECONDARY: $(TESTS:%.c=$B/%.o)
+.SECONDARY: $(TESTS:%.c=$B/%.o) $(patsubst %.c,$B/%.o,$(wildcard fuzz/*.c))
 
 run: all
 	./orcd run
 
 test: all $(TESTBIN)
 	$(Q)tests/run $B
+
+# libFuzzer programs with clang, one per fuzz/fuzz_NAME.c. To run one for a minute from the seeds:
+#   mkdir -p build-fuzz/new && build-fuzz/fuzz_NAME build-fuzz/new fuzz/corpus/NAME -max_total_time=60
+fuzz:
+	$(Q)$(MAKE) --no-print-directory CC=clang SAN=fuzz CUDA=0 WARN= WARN_FLOOR01= fuzz-programs
+
+fuzz-programs: $(patsubst fuzz/%.c,$B/%,$(wildcard fuzz/fuzz_*.c))
+
+$B/fuzz_%: $B/fuzz/fuzz_%.o $B/liborcd.a
+	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
 
 lint:
 	$(Q)tools/lint
