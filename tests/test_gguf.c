@@ -177,6 +177,18 @@ static void T1_integers_at_their_boundaries(void **state) {
     buf_free(&m.b);
 }
 
+/* One more than the bytes left could hold at the smallest encoding: refused at the count, before any allocation. */
+static void T1_counts_are_judged_by_the_bytes_left(void **state) {
+    (void)state;
+    image m;
+    good(&m);
+    img_patch(&m, 8, (m.b.len - 16) / 33 + 1, 8);
+    refused(&m, ORCD_ERR_FORMAT, 8, "the number of tensors is");
+    good(&m);
+    img_patch(&m, 16, (m.b.len - 24) / 14 + 1, 8);
+    refused(&m, ORCD_ERR_FORMAT, 16, "the number of keys is");
+}
+
 static void T2_sizes_whose_sum_wraps(void **state) {
     (void)state;
     image m;
@@ -562,6 +574,7 @@ int main(void) {
         cmocka_unit_test(reads_every_value_type),
         cmocka_unit_test(accessors_refuse_other_types_and_leave_out_alone),
         cmocka_unit_test(T1_integers_at_their_boundaries),
+        cmocka_unit_test(T1_counts_are_judged_by_the_bytes_left),
         cmocka_unit_test(T2_sizes_whose_sum_wraps),
         cmocka_unit_test(T3_sizes_that_wrap_or_leave_the_file),
         cmocka_unit_test(T4_every_scalar_zero),
