@@ -1,0 +1,353 @@
+/* The engine thread. Every step is one flat batch: one row of each sequence that decodes, and slices of the prompts
+ * (or of forced tokens) of the others, as many rows as the time target of a step allows. */
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "engine/internal.h"
+
+#define IDLE_BEAT_S 0.25   /* an idle thread still shows that it lives */
+#define QUEUE_LOOK_S 0.02  /* how often the queue is searched for deadlines */
+#define STEP_TARGET_S 0.08 /* of a step that only prefills, so that a cancel is noticed within 100 ms */
+#define STEP_LONGEST_S 1.0 /* beyond this even the smallest good slice is cut */
+#define SLOWDOWN 4         /* a step with prefill may take this many times a pure decode step */
+#define MIN_SLICE 16       /* prefill rows that are always worth a step */
+#define SMOOTH 0.2         /* weight of the newest step in the running means */
+
+static void set_int(atomic_int *v, int n) { atomic_store_explicit(v, n, memory_order_relaxed); }
+
+static void beat(eng *e, double now) {
+    atomic_store_explicit(&e->n.heartbeat_ns, (uint64_t)(now * 1e9), memory_order_relaxed);
+}
+
+/* ---- who runs ---- */
+
+static void start(eng *e, seq *s, int slot) {
+    pthread_mutex_lock(&e->lock);
+    e->slot[slot] = s;
+    pthread_mutex_unlock(&e->lock);
+    s->slot = slot;
+    s->t_start = eng_now();
+    e->order[e->n_running++] = s;
+    set_int(&e->n.running, e->n_running);
+    eng_count(&e->n.tokens_in, s->r.n_prompt);
+    eng_count(&e->n.tokens_cached, (uint64_t)s->n_cached);
+    while (s->next_boundary < s->r.n_boundary && s->r.boundary[s->next_boundary] <= (size_t)s->n_cached)
+        s->next_boundary++;
+    if (s->r.on_prefill)
+        s->r.on_prefill(s->r.ctx, s->n_cached, (int32_t)s->r.n_prompt);
+}
+
+/* Take a sequence out of its slot and end it. */
+static void finish(eng *e, seq *s, eng_stop why, const orcd_error *error) {
+    if (e->cache) {
+        if (why != ENG_STOP_ERROR)
+            prefix_save(e->cache, s->slot, s->token, s->n_fed, s->r.cache_salt, &s->cursor);
+        prefix_leave(e->cache, &s->cursor);
+    }
+    kv_release(&e->kv, s->slot);
+    if (e->cache)
+        prefix_trim(e->cache);
+    pthread_mutex_lock(&e->lock);
+    e->slot[s->slot] = NULL;
+    pthread_mutex_unlock(&e->lock);
+    int i = 0;
+    while (e->order[i] != s)
+        i++;
+    memmove(&e->order[i], &e->order[i + 1], (size_t)(--e->n_running - i) * sizeof *e->order);
+    set_int(&e->n.running, e->n_running);
+    e->may_admit = true;
+    seq_end(e, s, why, error);
+}
+
+/* Pages that the sequence may still take, beyond those it maps. */
+static int pages_to_come(const eng *e, const seq *s) {
+    return e->kv.pool[BE_POOL_FULL].n_page ? kv_n_index(s->n_limit - 1) - e->kv.end[BE_POOL_FULL][s->slot] : 0;
+}
+
+/* Everyone running can reach the end, and s too, whose slot maps what it shares. */
+static bool fits(const eng *e, const seq *s) {
+    int need = pages_to_come(e, s);
+    for (int i = 0; i < e->n_running; i++)
+        need += pages_to_come(e, e->order[i]);
+    return need <= kv_available(&e->kv, BE_POOL_FULL);
+}
+
+/* Give s the free slot, with the longest prefix that the cache has. False: not enough memory now. */
+static bool place(eng *e, seq *s, int slot) {
+    s->slot = slot;
+    if (!e->cache)
+        return fits(e, s);
+    prefix_hit hit = prefix_find(e->cache, s->token, (int32_t)s->r.n_prompt, s->r.cache_salt);
+    eng_count(&e->n.lookups, 1);
+    if (hit.n_pos > 0) {
+        prefix_pin(e->cache, &hit, s->token, s->r.cache_salt, slot, &s->cursor);
+        if (fits(e, s) && prefix_fork(e->cache, &hit, slot)) {
+            s->n_fed = s->n_cached = hit.n_pos;
+            eng_count(&e->n.hits, 1);
+            return true;
+        }
+        prefix_unpin(e->cache, &hit, slot, &s->cursor);
+        if (e->n_running > 0) /* alone it must not wait for what only the cache holds */
+            return false;
+    }
+    return fits(e, s);
+}
+
+static seq *head_of_queue(eng *e) {
+    pthread_mutex_lock(&e->lock);
+    seq *s = e->n_queue ? e->queue[e->queue_head] : NULL;
+    pthread_mutex_unlock(&e->lock);
+    return s;
+}
+
+static void admit(eng *e) {
+    while (e->may_admit && e->n_running < e->info.max_batch) {
+        seq *s = head_of_queue(e);
+        int slot = 0;
+        while (e->slot[slot])
+            slot++;
+        if (!s || !place(e, s, slot)) {
+            e->may_admit = false; /* until a sequence ends or one comes */
+            return;
+        }
+        pthread_mutex_lock(&e->lock);
+        e->queue_head = (e->queue_head + 1) % e->max_queue;
+        set_int(&e->n.waiting, --e->n_queue);
+        pthread_mutex_unlock(&e->lock);
+        start(e, s, slot);
+    }
+}
+
+/* ---- who stops without a token ---- */
+
+static bool expired(const seq *s, double now, bool closing, eng_stop *why) {
+    *why = ENG_STOP_CANCELLED;
+    if (closing || atomic_load_explicit(&s->cancelled, memory_order_relaxed))
+        return true;
+    *why = ENG_STOP_DEADLINE;
+    return s->r.deadline_s > 0 && now - s->t_submit > s->r.deadline_s;
+}
+
+/* The first waiting sequence that must go, taken out of the queue; NULL when there is none. */
+static seq *take_expired(eng *e, double now, bool closing, eng_stop *why) {
+    seq *found = NULL;
+    pthread_mutex_lock(&e->lock);
+    for (int i = 0; i < e->n_queue; i++) {
+        seq **at = &e->queue[(e->queue_head + i) % e->max_queue];
+        if (found)
+            e->queue[(e->queue_head + i - 1) % e->max_queue] = *at;
+        else if (expired(*at, now, closing, why))
+            found = *at;
+    }
+    if (found)
+        set_int(&e->n.waiting, --e->n_queue);
+    pthread_mutex_unlock(&e->lock);
+    return found;
+}
+
+static void sweep(eng *e, double now, bool closing, bool poked) {
+    eng_stop why;
+    for (int i = e->n_running; i-- > 0;)
+        if (expired(e->order[i], now, closing, &why))
+            finish(e, e->order[i], why, NULL);
+    if (!poked && now < e->look_at)
+        return;
+    e->look_at = now + QUEUE_LOOK_S;
+    for (seq *s; (s = take_expired(e, now, closing, &why));) {
+        e->may_admit = true;
+        seq_end(e, s, why, NULL);
+    }
+}
+
+/* ---- one step ---- */
+
+/* Rows of prefill that this step may carry beside n_decode rows of decoding. */
+static int prefill_rows(const eng *e, int n_decode) {
+    int most = e->max_rows - n_decode, chunk = e->info.chunk;
+    most = most < chunk ? most : chunk;
+    if (e->row_s <= 0) /* nothing measured yet */
+        return n_decode ? (most < 4 * MIN_SLICE ? most : 4 * MIN_SLICE) : most;
+    double target = n_decode ? (SLOWDOWN - 1) * e->decode_s : STEP_TARGET_S;
+    double least = n_decode ? MIN_SLICE : chunk / 4;
+    double rows = fmax(target / e->row_s, least);
+    rows = fmin(rows, fmax(STEP_LONGEST_S / e->row_s, MIN_SLICE));
+    return rows < most ? (int)rows : most;
+}
+
+static int pending(const seq *s) { return s->n_tok - s->n_fed; }
+
+/* Decide how many rows each sequence gets. */
+static void share_out(eng *e) {
+    int n_decode = 0, n_prefill = 0;
+    for (int i = 0; i < e->n_running; i++) {
+        e->order[i]->rows = seq_decodes(e->order[i]);
+        n_decode += e->order[i]->rows;
+        n_prefill += !e->order[i]->rows;
+    }
+    int rows = n_prefill ? prefill_rows(e, n_decode) : 0;
+    e->turn = n_prefill ? e->turn + 1 : 0;
+    for (int k = 0; k < e->n_running && rows > 0; k++) { /* equal shares; what one leaves, the next ones get */
+        seq *s = e->order[(k + e->turn) % e->n_running];
+        if (s->rows)
+            continue;
+        int even = rows / n_prefill--;
+        even = even < MIN_SLICE ? MIN_SLICE : even;
+        even = even < rows ? even : rows;
+        s->rows = even < pending(s) ? even : pending(s);
+        rows -= s->rows;
+    }
+}
+
+/* Lay the rows out and map their pages. A sequence for which no page is left ends here. */
+static void lay_out(eng *e, be_batch *b) {
+    *b = (be_batch){.token = e->row_token, .pos = e->row_pos, .slot = e->row_slot, .out_row = e->out_row};
+    for (int i = 0; i < e->n_running; i++) {
+        seq *s = e->order[i];
+        s->out = -1;
+        if (s->rows && !kv_extend(&e->kv, s->slot, s->n_fed + s->rows)) {
+            orcd_error err;
+            orcd_fail(&err, ORCD_ERR_INTERNAL, "internal error: no KV page was left for an admitted request");
+            finish(e, s, ENG_STOP_ERROR, &err);
+            i--;
+            continue;
+        }
+        for (int k = 0; k < s->rows; k++, b->n_tok++) {
+            e->row_token[b->n_tok] = s->token[s->n_fed + k];
+            e->row_pos[b->n_tok] = s->n_fed + k;
+            e->row_slot[b->n_tok] = s->slot;
+        }
+        if (s->rows && s->rows == pending(s)) {
+            s->out = b->n_out;
+            e->out_seq[b->n_out] = s;
+            e->out_row[b->n_out++] = b->n_tok - 1;
+        }
+    }
+}
+
+static orcd_status forward(eng *e, const be_batch *b, be_act **logits, orcd_error *err) {
+    be_step *step;
+    ORCD_TRY(e->dev->ops->step_begin(e->dev, e->kv.kv, b, &step, err));
+    *logits = arch_forward(e->model, step);
+    return e->dev->ops->step_end(step, err);
+}
+
+static void mean(double *v, double x) { *v = *v > 0 ? *v + SMOOTH * (x - *v) : x; }
+
+static void measure(eng *e, const be_batch *b, double seconds) {
+    int n_decode = 0;
+    for (int i = 0; i < e->n_running; i++)
+        n_decode += seq_decodes(e->order[i]) && e->order[i]->rows;
+    int n_prefill = b->n_tok - n_decode;
+    if (n_prefill == 0)
+        mean(&e->decode_s, seconds);
+    else if (n_prefill >= MIN_SLICE)
+        mean(&e->row_s, fmax(seconds - (n_decode ? e->decode_s : 0), seconds / 8) / n_prefill);
+}
+
+/* Every sequence of a failed step ends; a lost device ends the engine. */
+static void fail_step(eng *e, const orcd_error *error) {
+    bool lost = error->code == ORCD_ERR_DEVICE;
+    if (lost)
+        atomic_store_explicit(&e->n.failed, true, memory_order_relaxed);
+    for (int i = e->n_running; i-- > 0;)
+        if (lost || e->order[i]->rows)
+            finish(e, e->order[i], ENG_STOP_ERROR, error);
+    for (seq *s; lost && (s = take_expired(e, 0, true, &(eng_stop){0}));)
+        seq_end(e, s, ENG_STOP_ERROR, error);
+}
+
+/* The rows are computed: move on, and remember what is worth it while its pages are still mapped. */
+static void advance(eng *e, seq *s) {
+    int32_t n_prompt = (int32_t)s->r.n_prompt;
+    bool prefill = s->n_fed < n_prompt;
+    s->n_fed += s->rows;
+    if (e->cache && prefill) {
+        while (s->next_boundary < s->r.n_boundary && s->r.boundary[s->next_boundary] <= (size_t)s->n_fed)
+            prefix_save(e->cache, s->slot, s->token, (int32_t)s->r.boundary[s->next_boundary++], s->r.cache_salt,
+                        &s->cursor);
+        if (s->n_fed >= n_prompt)
+            prefix_save(e->cache, s->slot, s->token, n_prompt, s->r.cache_salt, &s->cursor);
+    }
+    kv_slide(&e->kv, s->slot, s->n_fed);
+    if (prefill && s->r.on_prefill)
+        s->r.on_prefill(s->r.ctx, s->n_fed < n_prompt ? s->n_fed : n_prompt, n_prompt);
+}
+
+static const float *logits_row(eng *e, const be_act *logits, int row, orcd_error *err) {
+    const float *host = e->dev->ops->act_host(e->dev, logits);
+    if (host)
+        return host + (int64_t)row * e->cfg.n_vocab;
+    return e->dev->ops->act_read(e->dev, logits, row, 1, e->logits, err) == ORCD_OK ? e->logits : NULL;
+}
+
+static void step(eng *e) {
+    be_batch b;
+    be_act *logits = NULL;
+    orcd_error err;
+    double t0 = eng_now();
+    share_out(e);
+    lay_out(e, &b);
+    if (b.n_tok == 0)
+        return;
+    double t1 = eng_now();
+    orcd_status st = forward(e, &b, &logits, &err);
+    double t2 = eng_now();
+    if (st != ORCD_OK) {
+        fail_step(e, &err);
+        return;
+    }
+    measure(e, &b, t2 - t1);
+    for (int i = 0; i < e->n_running; i++)
+        if (e->order[i]->rows)
+            advance(e, e->order[i]);
+    for (int k = 0; k < b.n_out; k++) {
+        seq *s = e->out_seq[k];
+        eng_stop why = ENG_STOP_ERROR;
+        const float *row = logits_row(e, logits, k, &err);
+        if (!row || !seq_sample(e, s, row, &why, &err))
+            finish(e, s, why, &err);
+    }
+    double t3 = eng_now();
+    eng_count(&e->n.steps, 1);
+    eng_count(&e->n.step_ns, (uint64_t)((t3 - t0) * 1e9));
+    eng_count(&e->n.forward_ns, (uint64_t)((t2 - t1) * 1e9));
+}
+
+/* Sleep while there is nothing to do. */
+static void wait_for_work(eng *e, bool *closing, bool *poked) {
+    pthread_mutex_lock(&e->lock);
+    while (e->n_running == 0 && !e->poked && !e->closing && !(e->n_queue && e->may_admit)) {
+        struct timespec until;
+        clock_gettime(CLOCK_MONOTONIC, &until);
+        until.tv_nsec += (long)(IDLE_BEAT_S * 1e9);
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        pthread_cond_timedwait(&e->wake, &e->lock, &until);
+        beat(e, eng_now());
+        e->may_admit |= e->n_queue > 0; /* alone, the head of the queue always fits */
+    }
+    *closing = e->closing;
+    *poked = e->poked;
+    e->poked = false;
+    pthread_mutex_unlock(&e->lock);
+}
+
+void *eng_loop(void *engine) {
+    eng *e = engine;
+    bool closing = false, poked;
+    while (!closing) {
+        wait_for_work(e, &closing, &poked);
+        double now = eng_now();
+        beat(e, now);
+        e->may_admit |= poked;
+        sweep(e, now, closing, poked);
+        if (!closing && !atomic_load_explicit(&e->n.failed, memory_order_relaxed))
+            admit(e);
+        if (e->n_running)
+            step(e);
+    }
+    return NULL;
+}

@@ -1,0 +1,241 @@
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <time.h>
+
+#include "base/checked.h"
+#include "engine/internal.h"
+
+double eng_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+/* ---- checking ---- */
+
+static orcd_status check_range(const char *name, double v, double lo, double hi, orcd_error *err) {
+    if (v >= lo && v <= hi) /* false for NaN */
+        return ORCD_OK;
+    return orcd_fail(err, ORCD_ERR_ARG, "%s is %g; expected %g to %g", name, v, lo, hi);
+}
+
+static orcd_status check_sampling(const eng *e, const samp_params *p, orcd_error *err) {
+    ORCD_TRY(check_range("temperature", p->temperature, 0, 2, err));
+    ORCD_TRY(check_range("top_p", p->top_p, 0, 1, err));
+    ORCD_TRY(check_range("min_p", p->min_p, 0, 1, err));
+    ORCD_TRY(check_range("top_k", p->top_k, 0, e->cfg.n_vocab, err));
+    ORCD_TRY(check_range("repetition_penalty", p->repetition_penalty, 1e-6, 1e6, err));
+    ORCD_TRY(check_range("presence_penalty", p->presence_penalty, -2, 2, err));
+    return check_range("frequency_penalty", p->frequency_penalty, -2, 2, err);
+}
+
+static orcd_status check(const eng *e, const eng_request *r, orcd_error *err) {
+    int n_ctx = e->info.n_ctx;
+    if (!r->prompt || r->n_prompt < 1)
+        return orcd_fail(err, ORCD_ERR_ARG, "the prompt has no tokens");
+    if (r->n_prompt >= (size_t)n_ctx)
+        return orcd_fail_at(err, ORCD_ERR_LIMIT, 0,
+                            "the prompt has %zu tokens; the context holds %d together with the answer", r->n_prompt,
+                            n_ctx);
+    for (size_t i = 0; i < r->n_prompt; i++)
+        if (r->prompt[i] < 0 || r->prompt[i] >= e->cfg.n_vocab)
+            return orcd_fail(err, ORCD_ERR_ARG, "prompt token %zu has the id %d; the vocabulary has ids 0 to %d", i,
+                             r->prompt[i], e->cfg.n_vocab - 1);
+    ORCD_TRY(check_sampling(e, &r->sampling, err));
+    if (r->n_stop_id < 0 || r->n_bias < 0 || r->n_boundary < 0 || (r->n_stop_id && !r->stop_id) ||
+        (r->n_bias && (!r->bias_id || !r->bias)) || (r->n_boundary && !r->boundary))
+        return orcd_fail(err, ORCD_ERR_ARG, "a list of the request has a count but no elements");
+    for (int i = 0; i < r->n_bias; i++)
+        if (r->bias_id[i] >= (uint32_t)e->cfg.n_vocab || !(fabsf(r->bias[i]) <= 1000))
+            return orcd_fail(err, ORCD_ERR_ARG, "logit_bias of token %u is %g; ids go to %d, values from -1000 to 1000",
+                             r->bias_id[i], (double)r->bias[i], e->cfg.n_vocab - 1);
+    if (r->top_logprobs < -1 || r->top_logprobs > MAX_TOP_LOGPROBS)
+        return orcd_fail(err, ORCD_ERR_ARG, "top_logprobs is %d; expected -1 (none) to %d", r->top_logprobs,
+                         MAX_TOP_LOGPROBS);
+    return check_range("the deadline in seconds", r->deadline_s, 0, 1e9, err);
+}
+
+/* Most tokens that prompt and answer can come to. */
+static orcd_status limit(const eng *e, const eng_request *r, int32_t *n_limit, orcd_error *err) {
+    int64_t pages = e->kv.pool[BE_POOL_FULL].n_page, n_ctx = e->info.n_ctx, n = (int64_t)r->n_prompt;
+    int64_t memory = pages ? pages * BE_PAGE + 1 : n_ctx; /* the last token is never fed */
+    int64_t want = r->max_new > 0 ? n + r->max_new : (n_ctx < memory ? n_ctx : memory);
+    want = want < n_ctx ? want : n_ctx;
+    if (want > memory || n >= memory)
+        return orcd_fail_at(err, ORCD_ERR_LIMIT, 2,
+                            "the request asks for %lld positions; the KV memory holds %lld in all: ask for fewer new "
+                            "tokens or give it more memory",
+                            (long long)want, (long long)memory);
+    *n_limit = (int32_t)want;
+    return ORCD_OK;
+}
+
+/* ---- copying ---- */
+
+static void *put(char **at, const void *src, size_t bytes) {
+    void *dst = *at;
+    if (bytes)
+        memcpy(dst, src, bytes);
+    *at += (bytes + 15) & ~(size_t)15;
+    return dst;
+}
+
+/* Which boundaries are worth an entry: those inside the prompt, the first two and the last ones. */
+static void choose_boundaries(eng_request *r) {
+    size_t *b = (size_t *)(uintptr_t)r->boundary; /* our own copy */
+    int n = 0;
+    for (int i = 0; i < r->n_boundary; i++)
+        if (b[i] > (n ? b[n - 1] : 0) && b[i] < r->n_prompt)
+            b[n++] = b[i];
+    if (n > MAX_SAVES) {
+        memmove(b + 2, b + n - (MAX_SAVES - 2), (MAX_SAVES - 2) * sizeof *b);
+        n = MAX_SAVES;
+    }
+    r->n_boundary = n;
+}
+
+orcd_status seq_new(const eng *e, const eng_request *r, seq **out, orcd_error *err) {
+    int32_t n_limit = 0, eos = e->tok ? tok_eos(e->tok) : -1;
+    *out = NULL;
+    ORCD_TRY(check(e, r, err));
+    ORCD_TRY(limit(e, r, &n_limit, err));
+    size_t stop = (size_t)r->n_stop_id * sizeof *r->stop_id, bound = (size_t)r->n_boundary * sizeof *r->boundary;
+    size_t bias_id = (size_t)r->n_bias * sizeof *r->bias_id, bias = (size_t)r->n_bias * sizeof *r->bias;
+    seq *s = calloc(1, sizeof *s);
+    if (s) {
+        s->token = malloc((size_t)n_limit * sizeof *s->token);
+        s->copies = malloc(stop + bound + bias_id + bias + sizeof eos + 5 * 16);
+    }
+    if (!s || !s->token || !s->copies) {
+        seq_free(s);
+        return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for a request of %zu tokens", r->n_prompt);
+    }
+    char *at = s->copies;
+    s->r = *r;
+    s->r.boundary = put(&at, r->boundary, bound);
+    s->r.bias_id = put(&at, r->bias_id, bias_id);
+    s->r.bias = put(&at, r->bias, bias);
+    s->r.stop_id = put(&at, r->stop_id, stop);
+    if (r->n_stop_id == 0 && eos >= 0) {
+        s->r.stop_id = put(&at, &eos, sizeof eos);
+        s->r.n_stop_id = 1;
+    }
+    choose_boundaries(&s->r);
+    if (!r->has_seed && getrandom(&s->r.sampling.seed, sizeof s->r.sampling.seed, 0) < 0)
+        s->r.sampling.seed = (uint64_t)(eng_now() * 1e9);
+    memcpy(s->token, r->prompt, r->n_prompt * sizeof *s->token);
+    s->r.prompt = s->token;
+    s->n_limit = n_limit;
+    s->n_tok = s->n_told = (int32_t)r->n_prompt;
+    s->slot = -1;
+    s->t_submit = eng_now();
+    *out = s;
+    return ORCD_OK;
+}
+
+void seq_free(seq *s) {
+    if (!s)
+        return;
+    free(s->token);
+    free(s->copies);
+    free(s);
+}
+
+void seq_end(eng *e, seq *s, eng_stop why, const orcd_error *error) {
+    int32_t n_prompt = (int32_t)s->r.n_prompt;
+    double now = eng_now(), start = s->t_start > 0 ? s->t_start : now, first = s->t_first > 0 ? s->t_first : now;
+    eng_result res = {.stop = why,
+                      .n_prompt = n_prompt,
+                      .n_cached = s->n_cached,
+                      .n_new = s->n_told - n_prompt,
+                      .queue_s = start - s->t_submit,
+                      .prefill_s = s->t_start > 0 ? first - start : 0,
+                      .decode_s = s->t_first > 0 ? s->t_last - s->t_first : 0,
+                      .seed = s->r.sampling.seed};
+    if (error && why == ENG_STOP_ERROR)
+        res.error = *error;
+    eng_count(&e->n.by_stop[why], 1);
+    if (s->r.on_done)
+        s->r.on_done(s->r.ctx, &res);
+    seq_free(s);
+}
+
+/* ---- generating ---- */
+
+bool seq_is_plain(const seq *s) {
+    const samp_params *p = &s->r.sampling;
+    return !s->r.mask && s->r.n_bias == 0 && s->r.top_logprobs < 0 && p->repetition_penalty == 1 &&
+           p->presence_penalty == 0 && p->frequency_penalty == 0;
+}
+
+static bool is_stop(const seq *s, int32_t id) {
+    for (int i = 0; i < s->r.n_stop_id && !s->r.ignore_eos; i++)
+        if (s->r.stop_id[i] == id)
+            return true;
+    return false;
+}
+
+/* Report every token that is known but not told yet; a verdict may append more. */
+static bool tell(eng *e, seq *s, eng_token *t, bool sampled, eng_stop *why) {
+    while (s->n_told < s->n_tok) {
+        t->id = s->token[s->n_told];
+        t->index = s->n_told - (int32_t)s->r.n_prompt;
+        t->forced = !sampled;
+        s->n_told++;
+        eng_count(&e->n.tokens_out, 1);
+        eng_verdict v = {ENG_GO, NULL, 0};
+        if (s->r.on_token)
+            v = s->r.on_token(s->r.ctx, t);
+        if (v.action == ENG_FORCE)
+            for (int i = 0; i < v.n && s->n_tok < s->n_limit; i++)
+                if (v.id[i] >= 0 && v.id[i] < e->cfg.n_vocab)
+                    s->token[s->n_tok++] = v.id[i];
+        if (sampled && is_stop(s, t->id) && v.action != ENG_FORCE) {
+            *why = ENG_STOP_EOS;
+            return false;
+        }
+        if (v.action == ENG_END) {
+            *why = ENG_STOP_CALLER;
+            return false;
+        }
+        sampled = false;
+        t->logprob = 0;
+        t->n_top = 0;
+    }
+    *why = ENG_STOP_LENGTH;
+    return s->n_tok < s->n_limit;
+}
+
+bool seq_sample(eng *e, seq *s, const float *logits, eng_stop *why, orcd_error *err) {
+    float top[MAX_TOP_LOGPROBS];
+    int32_t top_id[MAX_TOP_LOGPROBS], id;
+    eng_logprob best[MAX_TOP_LOGPROBS];
+    eng_token t = {.top = best};
+    samp_input in = {.logits = logits,
+                     .params = &s->r.sampling,
+                     .draw = (uint64_t)s->n_tok - s->r.n_prompt,
+                     .seen = s->token,
+                     .n_seen = (size_t)s->n_tok,
+                     .n_prompt = s->r.n_prompt,
+                     .bias_id = s->r.bias_id,
+                     .bias = s->r.bias,
+                     .n_bias = s->r.n_bias,
+                     .mask = s->r.mask ? s->r.mask(s->r.ctx) : NULL};
+    *why = ENG_STOP_ERROR;
+    if (samp_draw(e->samp, &in, &id, err) != ORCD_OK)
+        return false;
+    if (s->r.top_logprobs >= 0) {
+        t.n_top = s->r.top_logprobs < e->cfg.n_vocab ? s->r.top_logprobs : e->cfg.n_vocab;
+        samp_logprobs(logits, e->cfg.n_vocab, id, &t.logprob, t.n_top, top_id, top);
+        for (int i = 0; i < t.n_top; i++)
+            best[i] = (eng_logprob){top_id[i], top[i]};
+    }
+    s->t_last = eng_now();
+    if (s->t_first <= 0)
+        s->t_first = s->t_last;
+    s->token[s->n_tok++] = id;
+    return tell(e, s, &t, true, why);
+}
