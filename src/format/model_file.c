@@ -414,19 +414,18 @@ static void mx_row(const mf_tensor *t, uint64_t mat, uint64_t stored_row, uint8_
         mx_block(dst + i * MX_BYTES, codes + i * v->block_step, scale[i * v->scale_step]);
 }
 
-/* Tiles of 64 x 64 values, so that both sides stay in the first cache. */
+/* In tiles, so that the stored lines that a tile reads stay in the first cache and its pages in the TLB. */
 static void rows_transposed(const mf_tensor *t, uint64_t mat, uint64_t row0, uint64_t n, uint8_t *dst) {
-    enum { TILE = 64 };
+    enum { TILE_ROWS = 32, TILE_COLS = 16 };
     const struct mf_view *v = &t->view;
-    size_t size = q_find(t->type)->block_bytes;
+    size_t size = q_find(t->type)->block_bytes, line = v->stored_rows * size;
     const uint8_t *src = v->base + mat * v->mat_bytes + (v->row_first + row0 * v->row_step) * size;
-    for (uint64_t r0 = 0; r0 < n; r0 += TILE)
-        for (uint64_t c0 = 0; c0 < t->n_col; c0 += TILE)
-            for (uint64_t c = c0; c < c0 + TILE && c < t->n_col; c++) {
-                const uint8_t *line = src + c * v->stored_rows * size;
-                for (uint64_t r = r0; r < r0 + TILE && r < n; r++) {
-                    uint8_t *to = dst + (r * t->n_col + c) * size;
-                    const uint8_t *from = line + r * v->row_step * size;
+    for (uint64_t r0 = 0; r0 < n; r0 += TILE_ROWS)
+        for (uint64_t c0 = 0; c0 < t->n_col; c0 += TILE_COLS)
+            for (uint64_t r = r0; r < r0 + TILE_ROWS && r < n; r++) {
+                uint8_t *to = dst + (r * t->n_col + c0) * size;
+                const uint8_t *from = src + r * v->row_step * size + c0 * line;
+                for (uint64_t c = c0; c < c0 + TILE_COLS && c < t->n_col; c++, to += size, from += line) {
                     if (size == 2)
                         memcpy(to, from, 2);
                     else
