@@ -2,6 +2,7 @@
 
 #include <limits.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -21,8 +22,13 @@ orcd_status cli_model_path(const char *given, char *path, size_t cap, orcd_error
         *slash = '\0';
     for (size_t i = 0; i < ORCD_COUNT(place); i++) {
         int len = snprintf(path, cap, "%s/%s/fable.gguf", program, place[i]);
-        if (len > 0 && (size_t)len < cap && file_exists(path))
+        if (len > 0 && (size_t)len < cap && file_exists(path)) {
+            char *plain = realpath(path, NULL);
+            if (plain && strlen(plain) < cap)
+                memcpy(path, plain, strlen(plain) + 1);
+            free(plain);
             return ORCD_OK;
+        }
     }
     return orcd_fail(err, ORCD_ERR_IO, "the bundled model fable.gguf is not beside the program in %s; name a MODEL",
                      program);

@@ -2,6 +2,7 @@
 #include "cli/cli.h"
 
 #include <stdio.h>
+#include <string.h>
 
 #include "engine/teacher.h"
 
@@ -67,6 +68,8 @@ static int run(const cli_command *c, int argc, char **argv) {
     teacher_params p = {.model = path,
                         .backend = o.backend,
                         .device = {.n_threads = (int)o.threads},
+                        /* the reference keeps keys and values exact; the others as they run */
+                        .kv_type = strcmp(o.backend, "ref") == 0 ? BE_KV_F32 : BE_KV_F16,
                         .n_ctx = (int)prompt.n,
                         .chunk = (int)o.chunk,
                         .progress = bar_update,
