@@ -79,7 +79,8 @@ typedef enum be_kv_type { BE_KV_F16, BE_KV_F32, BE_KV_F8 } be_kv_type; /* ref an
 /* A page holds K (after RoPE) and V of 64 consecutive positions for ALL layers of its pool: layers without a
  * window live in BE_POOL_FULL, layers with one in BE_POOL_WINDOW. Position p of sequence slot s is in page
  * table[pool][s][p / 64] at p % 64. The engine owns the mapping, frees window pages that slid out, and may map one
- * page in several slots (prefix cache): a page that is shared is never written. */
+ * page in several slots (prefix cache): a page that is shared is never written. What a page held before, NaN included,
+ * never reaches a result. */
 typedef struct be_kv_spec {
     int n_layer, n_kv_head, head_dim;
     const int *window; /* [n_layer]: 0 = full attention, else window length including self */
@@ -167,6 +168,7 @@ struct be_ops {
     void (*act_free)(be_device *d, be_act *a);
     /* Between steps, for tests and for logits on the host: rows as float (BE_ACT_ROUTE: id, weight pairs). */
     orcd_status (*act_read)(be_device *d, const be_act *a, int64_t row, int64_t n, float *dst, orcd_error *err);
+    /* Any form; n_row becomes row + n, so that operations take what was written as their input. */
     orcd_status (*act_write)(be_device *d, be_act *a, int64_t row, int64_t n, const float *src, orcd_error *err);
     /* F32 rows without a copy where the host can address them, else NULL. */
     const float *(*act_host)(be_device *d, const be_act *a);
