@@ -1,0 +1,447 @@
+/* One lane of a zmm register is one row of the panel. Tiles are written once for T activation rows and instantiated
+ * by inlining with a constant T; each keeps its sums in registers over the whole length of the rows. */
+#include <immintrin.h>
+
+#include "backend/cpu/generic.h"
+
+#define TILE static inline __attribute__((always_inline)) void
+#define UNROLL _Pragma("GCC unroll 16")
+
+static inline __m512i bytes4(const void *p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+}
+
+/* a[0] and a[1] += unsigned weights times the high and low bytes of 4 columns */
+static inline __attribute__((always_inline)) void dp_planes(__m512i *a, __m512i w, const void *row, int64_t n64,
+                                                            int64_t col) {
+    a[0] = _mm512_dpbusd_epi32(a[0], w, bytes4((const uint8_t *)row + col));
+    a[1] = _mm512_dpbusd_epi32(a[1], w, bytes4((const uint8_t *)row + n64 * 64 + col));
+}
+
+static inline void begin_planes(__m512i *a, int32_t offset) {
+    a[0] = _mm512_setzero_si512();
+    a[1] = _mm512_set1_epi32(offset);
+}
+
+static inline __m512 join_planes(const __m512i *a) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(a[0], 8), a[1]));
+}
+
+static inline __m512 half16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+
+/* Call TILE_FN with T = 8 as long as possible, then 4, 2, 1. */
+#define FOR_TILES(n, call)                                                                                             \
+    for (int at_ = 0; at_ < (n);) {                                                                                    \
+        int left_ = (n)-at_;                                                                                           \
+        if (left_ >= 8) {                                                                                              \
+            call(8);                                                                                                   \
+            at_ += 8;                                                                                                  \
+        } else if (left_ >= 4) {                                                                                       \
+            call(4);                                                                                                   \
+            at_ += 4;                                                                                                  \
+        } else if (left_ >= 2) {                                                                                       \
+            call(2);                                                                                                   \
+            at_ += 2;                                                                                                  \
+        } else {                                                                                                       \
+            call(1);                                                                                                   \
+            at_ += 1;                                                                                                  \
+        }                                                                                                              \
+    }
+
+/* ---- float formats: even and odd columns in two chains ---- */
+
+TILE f32_tile(const uint8_t *panel, int64_t n_col, const void *const *x, const int T, float *y) {
+    __m512 a[8], b[8];
+    UNROLL for (int t = 0; t < T; t++) a[t] = b[t] = _mm512_setzero_ps();
+    int64_t k = 0;
+    for (; k + 2 <= n_col; k += 2, panel += 128) {
+        __m512 w0 = _mm512_loadu_ps(panel), w1 = _mm512_loadu_ps(panel + 64);
+        UNROLL for (int t = 0; t < T; t++) {
+            a[t] = _mm512_fmadd_ps(w0, _mm512_set1_ps(((const float *)x[t])[k]), a[t]);
+            b[t] = _mm512_fmadd_ps(w1, _mm512_set1_ps(((const float *)x[t])[k + 1]), b[t]);
+        }
+    }
+    if (k < n_col)
+        UNROLL for (int t = 0; t < T; t++) a[t] =
+            _mm512_fmadd_ps(_mm512_loadu_ps(panel), _mm512_set1_ps(((const float *)x[t])[k]), a[t]);
+    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, _mm512_add_ps(a[t], b[t]));
+}
+
+static void dot_f32(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch) {
+    (void)scratch;
+#define CALL(T) f32_tile(panel, n_col, x + at_, T, y + at_ * 16)
+    FOR_TILES(n, CALL)
+#undef CALL
+}
+
+TILE f16_tile(const uint8_t *panel, int64_t n_col, const void *const *x, const int T, float *y) {
+    __m512 a[8], b[8];
+    UNROLL for (int t = 0; t < T; t++) a[t] = b[t] = _mm512_setzero_ps();
+    int64_t k = 0;
+    for (; k + 2 <= n_col; k += 2, panel += 64) {
+        __m512 w0 = half16(panel), w1 = half16(panel + 32);
+        UNROLL for (int t = 0; t < T; t++) {
+            a[t] = _mm512_fmadd_ps(w0, _mm512_set1_ps(((const float *)x[t])[k]), a[t]);
+            b[t] = _mm512_fmadd_ps(w1, _mm512_set1_ps(((const float *)x[t])[k + 1]), b[t]);
+        }
+    }
+    if (k < n_col)
+        UNROLL for (int t = 0; t < T; t++) a[t] =
+            _mm512_fmadd_ps(half16(panel), _mm512_set1_ps(((const float *)x[t])[k]), a[t]);
+    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, _mm512_add_ps(a[t], b[t]));
+}
+
+static void dot_f16(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch) {
+    (void)scratch;
+#define CALL(T) f16_tile(panel, n_col, x + at_, T, y + at_ * 16)
+    FOR_TILES(n, CALL)
+#undef CALL
+}
+
+TILE bf16_tile(const uint8_t *panel, int64_t n_col, const void *const *x, const int T, float *y) {
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+    __m512 a[8], b[8];
+    UNROLL for (int t = 0; t < T; t++) a[t] = b[t] = _mm512_setzero_ps();
+    int64_t k = 0;
+    for (; k + 2 <= n_col; k += 2, panel += 64) {
+        __m512i w = _mm512_loadu_si512(panel);
+        __m512 w0 = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+        __m512 w1 = _mm512_castsi512_ps(_mm512_and_si512(w, high));
+        UNROLL for (int t = 0; t < T; t++) {
+            a[t] = _mm512_fmadd_ps(w0, _mm512_set1_ps(((const float *)x[t])[k]), a[t]);
+            b[t] = _mm512_fmadd_ps(w1, _mm512_set1_ps(((const float *)x[t])[k + 1]), b[t]);
+        }
+    }
+    if (k < n_col) {
+        __m512 w0 = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(panel), 16));
+        UNROLL for (int t = 0; t < T; t++) a[t] = _mm512_fmadd_ps(w0, _mm512_set1_ps(((const float *)x[t])[k]), a[t]);
+    }
+    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, _mm512_add_ps(a[t], b[t]));
+}
+
+static void dot_bf16(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch) {
+    (void)scratch;
+#define CALL(T) bf16_tile(panel, n_col, x + at_, T, y + at_ * 16)
+    FOR_TILES(n, CALL)
+#undef CALL
+}
+
+/* ---- 8-bit weights ---- */
+
+TILE i8_tile(const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
+    __m512 f[8];
+    UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < n64; b++, panel += 1088) {
+        __m512 part[8];
+        UNROLL for (int h = 0; h < 2; h++) {
+            __m512i a[8][2];
+            UNROLL for (int t = 0; t < T; t++) begin_planes(a[t], cpu_q_c32(x[t], n64)[b * 2 + h]);
+            UNROLL for (int g = 0; g < 8; g++) {
+                __m512i w = _mm512_loadu_si512(panel + 64 + h * 512 + g * 64);
+                UNROLL for (int t = 0; t < T; t++) dp_planes(a[t], w, x[t], n64, b * 64 + h * 32 + g * 4);
+            }
+            __m512 ws = half16(panel + h * 32);
+            UNROLL for (int t = 0; t < T; t++) part[t] =
+                h ? _mm512_fmadd_ps(join_planes(a[t]), ws, part[t]) : _mm512_mul_ps(join_planes(a[t]), ws);
+        }
+        UNROLL for (int t = 0; t < T; t++) f[t] =
+            _mm512_fmadd_ps(part[t], _mm512_set1_ps(cpu_q_scale(x[t], n64)[b]), f[t]);
+    }
+    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
+}
+
+static void dot_i8(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch) {
+    (void)scratch;
+    int64_t n64 = cpu_n64(n_col);
+#define CALL(T) i8_tile(panel, n64, x + at_, T, y + at_ * 16)
+    FOR_TILES(n, CALL)
+#undef CALL
+}
+
+/* ---- MXFP4: one table look-up turns nibble and shift into (w << s) + 128 ---- */
+
+static const uint8_t mx4_table[64] __attribute__((aligned(64))) = {
+#define ROW(s)                                                                                                         \
+    128, 128 + (1 << s), 128 + (2 << s), 128 + (3 << s), 128 + (4 << s), 128 + (6 << s), 128 + (8 << s),               \
+        128 + (12 << s), 128, 128 - (1 << s), 128 - (2 << s), 128 - (3 << s), 128 - (4 << s), 128 - (6 << s),          \
+        128 - (8 << s), 128 - (12 << s)
+    ROW(0), ROW(1), ROW(2), ROW(3)
+#undef ROW
+};
+
+/* The shifts of both blocks of 32 in bits 4 and 5 of every byte of a row's lane; other bits are rubbish. */
+static inline __m512i mx4_shift(__m512i head, int half) {
+    const __m512i low_byte = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+    __m512i s = _mm512_shuffle_epi8(head, low_byte);
+    return half ? s : _mm512_slli_epi16(s, 4);
+}
+
+static inline __m512 mx4_scale(__m512i head) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_sub_epi32(_mm512_srli_epi32(head, 8), _mm512_set1_epi32(1)), 23));
+}
+
+/* (nibble & 15) | shift << 4, whose two highest bits vpermb ignores */
+static inline __m512i mx4_index(__m512i nibble, __m512i shift) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), nibble, shift, 0xca);
+}
+
+TILE mx4_tile(const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
+    const uint8_t *head = panel, *p = panel + cpu_mx4_head(n64);
+    const __m512i table = _mm512_load_si512(mx4_table);
+    __m512 f[4];
+    UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < n64; b++, head += 32, p += 512) {
+        __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)head)), a[4][2];
+        UNROLL for (int t = 0; t < T; t++) begin_planes(a[t], cpu_q_c64(x[t], n64)[b]);
+        UNROLL for (int j = 0; j < 8; j++) {
+            __m512i v = _mm512_loadu_si512(p + j * 64), s = mx4_shift(h, j / 4);
+            __m512i lo = _mm512_permutexvar_epi8(mx4_index(v, s), table);
+            __m512i hi = _mm512_permutexvar_epi8(mx4_index(_mm512_srli_epi16(v, 4), s), table);
+            UNROLL for (int t = 0; t < T; t++) {
+                dp_planes(a[t], lo, x[t], n64, b * 64 + j * 8);
+                dp_planes(a[t], hi, x[t], n64, b * 64 + j * 8 + 4);
+            }
+        }
+        __m512 ws = mx4_scale(h);
+        UNROLL for (int t = 0; t < T; t++) f[t] =
+            _mm512_fmadd_ps(join_planes(a[t]), _mm512_mul_ps(ws, _mm512_set1_ps(cpu_q_scale(x[t], n64)[b])), f[t]);
+    }
+    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
+}
+
+/* A panel unpacked once for many rows: per 64 columns float scale[16] and 16 groups of (w << s) + 128. */
+static void mx4_unpack(const uint8_t *panel, int64_t n64, uint8_t *out) {
+    const uint8_t *head = panel, *p = panel + cpu_mx4_head(n64);
+    const __m512i table = _mm512_load_si512(mx4_table);
+    for (int64_t b = 0; b < n64; b++, head += 32, p += 512, out += 1088) {
+        __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)head));
+        _mm512_storeu_ps(out, mx4_scale(h));
+        UNROLL for (int j = 0; j < 8; j++) {
+            __m512i v = _mm512_loadu_si512(p + j * 64), s = mx4_shift(h, j / 4);
+            _mm512_storeu_si512(out + 64 + j * 128, _mm512_permutexvar_epi8(mx4_index(v, s), table));
+            _mm512_storeu_si512(out + 128 + j * 128,
+                                _mm512_permutexvar_epi8(mx4_index(_mm512_srli_epi16(v, 4), s), table));
+        }
+    }
+}
+
+TILE u8_tile(const uint8_t *w64, int64_t n64, const void *const *x, const int T, float *y) {
+    __m512 f[8];
+    UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < n64; b++, w64 += 1088) {
+        __m512i a[8][2];
+        UNROLL for (int t = 0; t < T; t++) begin_planes(a[t], cpu_q_c64(x[t], n64)[b]);
+        UNROLL for (int g = 0; g < 16; g++) {
+            __m512i w = _mm512_loadu_si512(w64 + 64 + g * 64);
+            UNROLL for (int t = 0; t < T; t++) dp_planes(a[t], w, x[t], n64, b * 64 + g * 4);
+        }
+        __m512 ws = _mm512_loadu_ps(w64);
+        UNROLL for (int t = 0; t < T; t++) f[t] =
+            _mm512_fmadd_ps(join_planes(a[t]), _mm512_mul_ps(ws, _mm512_set1_ps(cpu_q_scale(x[t], n64)[b])), f[t]);
+    }
+    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
+}
+
+static void dot_mx4(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch) {
+    int64_t n64 = cpu_n64(n_col);
+    if (panel[n64 * 32]) { /* wide */
+        gen_dot_mx4(panel, n_col, x, n, y, scratch);
+        return;
+    }
+    switch (n) {
+    case 1:
+        mx4_tile(panel, n64, x, 1, y);
+        return;
+    case 2:
+        mx4_tile(panel, n64, x, 2, y);
+        return;
+    case 3:
+        mx4_tile(panel, n64, x, 3, y);
+        return;
+    case 4:
+        mx4_tile(panel, n64, x, 4, y);
+        return;
+    }
+    mx4_unpack(panel, n64, scratch);
+#define CALL(T) u8_tile(scratch, n64, x + at_, T, y + at_ * 16)
+    FOR_TILES(n, CALL)
+#undef CALL
+}
+
+/* ---- K-quants ---- */
+
+TILE q4k_tile(const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
+    const __m512i low4 = _mm512_set1_epi8(15);
+    __m512 f[8];
+    UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < n64 * 2; b++) {
+        const uint8_t *head = panel + b / 8 * 2368, *p = head + 320 + b % 8 * 256, *sc = head + 64 + b % 8 * 16;
+        __m512 ws =
+            _mm512_mul_ps(half16(head), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)sc))));
+        __m512 ms = _mm512_mul_ps(
+            half16(head + 32), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(sc + 128)))));
+        __m512i a[8][2];
+        UNROLL for (int t = 0; t < T; t++) begin_planes(a[t], 0);
+        UNROLL for (int j = 0; j < 4; j++) {
+            __m512i v = _mm512_loadu_si512(p + j * 64);
+            __m512i lo = _mm512_and_si512(v, low4), hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), low4);
+            UNROLL for (int t = 0; t < T; t++) {
+                dp_planes(a[t], lo, x[t], n64, b * 32 + j * 8);
+                dp_planes(a[t], hi, x[t], n64, b * 32 + j * 8 + 4);
+            }
+        }
+        UNROLL for (int t = 0; t < T; t++) {
+            float s = cpu_q_scale(x[t], n64)[b / 2];
+            float sum = (float)cpu_q_c32(x[t], n64)[b] * (s * (1.0f / 128));
+            f[t] = _mm512_fmadd_ps(join_planes(a[t]), _mm512_mul_ps(ws, _mm512_set1_ps(s)), f[t]);
+            f[t] = _mm512_fmadd_ps(ms, _mm512_set1_ps(sum), f[t]);
+        }
+    }
+    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
+}
+
+static void dot_q4k(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch) {
+    (void)scratch;
+    int64_t n64 = cpu_n64(n_col);
+#define CALL(T) q4k_tile(panel, n64, x + at_, T, y + at_ * 16)
+    FOR_TILES(n, CALL)
+#undef CALL
+}
+
+TILE q6k_tile(const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
+    const __m512i low4 = _mm512_set1_epi8(15), bits = _mm512_set1_epi8(0x30);
+    __m512 f[8];
+    UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < n64 * 4; b++) { /* blocks of 16 */
+        const uint8_t *head = panel + b / 16 * 3392, *p = head + 320 + b % 16 * 128;
+        __m512i high = _mm512_loadu_si512(head + 2368 + b % 16 * 64);
+        __m512 ws = _mm512_mul_ps(half16(head), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+                                                    _mm_loadu_si128((const __m128i *)(head + 64 + b % 16 * 16)))));
+        __m512i a[8][2];
+        UNROLL for (int t = 0; t < T; t++) begin_planes(a[t], cpu_q_c16(x[t], n64)[b]);
+        UNROLL for (int j = 0; j < 2; j++) {
+            __m512i v = _mm512_loadu_si512(p + j * 64);
+            __m512i s0 = j ? high : _mm512_slli_epi16(high, 4),
+                    s1 = j ? _mm512_srli_epi16(high, 2) : _mm512_slli_epi16(high, 2);
+            __m512i lo = _mm512_or_si512(_mm512_and_si512(v, low4), _mm512_and_si512(s0, bits));
+            __m512i hi = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(v, 4), low4), _mm512_and_si512(s1, bits));
+            UNROLL for (int t = 0; t < T; t++) {
+                dp_planes(a[t], lo, x[t], n64, b * 16 + j * 8);
+                dp_planes(a[t], hi, x[t], n64, b * 16 + j * 8 + 4);
+            }
+        }
+        UNROLL for (int t = 0; t < T; t++) f[t] =
+            _mm512_fmadd_ps(join_planes(a[t]), _mm512_mul_ps(ws, _mm512_set1_ps(cpu_q_scale(x[t], n64)[b / 4])), f[t]);
+    }
+    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
+}
+
+static void dot_q6k(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch) {
+    (void)scratch;
+    int64_t n64 = cpu_n64(n_col);
+#define CALL(T) q6k_tile(panel, n64, x + at_, T, y + at_ * 16)
+    FOR_TILES(n, CALL)
+#undef CALL
+}
+
+/* ---- attention: scores and values of R query rows in 2 R registers ---- */
+
+static inline __m512 load16(const void *p, int64_t i, const bool f16) {
+    return f16 ? half16((const uint16_t *)p + i) : _mm512_loadu_ps((const float *)p + i);
+}
+
+TILE attn_tile(cpu_attn_tile *t, const void *k, const void *v, const int at, const int R, const bool f16) {
+    int hd = t->head_dim, first = CPU_PAGE, last = -1;
+    float s[CPU_ATTN_ROWS][CPU_PAGE], keep[CPU_ATTN_ROWS];
+    UNROLL for (int r = 0; r < R; r++) {
+        if (t->last[at + r] < t->first[at + r])
+            continue;
+        first = t->first[at + r] < first ? t->first[at + r] : first;
+        last = t->last[at + r] > last ? t->last[at + r] : last;
+    }
+    if (last < first)
+        return;
+    for (int p = 0; p < CPU_PAGE; p += 32) {
+        __m512 a[8], b[8];
+        UNROLL for (int r = 0; r < R; r++) a[r] = b[r] = _mm512_setzero_ps();
+        for (int d = 0; d < hd; d++) {
+            __m512 k0 = load16(k, d * CPU_PAGE + p, f16), k1 = load16(k, d * CPU_PAGE + p + 16, f16);
+            UNROLL for (int r = 0; r < R; r++) {
+                __m512 q = _mm512_set1_ps(t->q[at + r][d]);
+                a[r] = _mm512_fmadd_ps(q, k0, a[r]);
+                b[r] = _mm512_fmadd_ps(q, k1, b[r]);
+            }
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            _mm512_storeu_ps(&s[r][p], a[r]);
+            _mm512_storeu_ps(&s[r][p + 16], b[r]);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        if (t->last[at + r] < t->first[at + r]) {
+            keep[r] = 1;
+            memset(s[r], 0, sizeof s[r]);
+        } else {
+            keep[r] = gen_softmax(t, at + r, s[r]);
+        }
+    }
+    for (int d = 0; d < hd; d += 32) {
+        __m512 a[8], b[8];
+        UNROLL for (int r = 0; r < R; r++) {
+            a[r] = _mm512_mul_ps(_mm512_loadu_ps(t->acc[at + r] + d), _mm512_set1_ps(keep[r]));
+            b[r] = _mm512_mul_ps(_mm512_loadu_ps(t->acc[at + r] + d + 16), _mm512_set1_ps(keep[r]));
+        }
+        for (int p = first; p <= last; p++) {
+            __m512 v0 = load16(v, p * hd + d, f16), v1 = load16(v, p * hd + d + 16, f16);
+            UNROLL for (int r = 0; r < R; r++) {
+                __m512 w = _mm512_set1_ps(s[r][p]);
+                a[r] = _mm512_fmadd_ps(w, v0, a[r]);
+                b[r] = _mm512_fmadd_ps(w, v1, b[r]);
+            }
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            _mm512_storeu_ps(t->acc[at + r] + d, a[r]);
+            _mm512_storeu_ps(t->acc[at + r] + d + 16, b[r]);
+        }
+    }
+}
+
+static void attn_f16(cpu_attn_tile *t, const void *k, const void *v) {
+    if (t->head_dim % 32) {
+        gen_attn_f16(t, k, v);
+        return;
+    }
+#define CALL(R) attn_tile(t, k, v, at_, R, true)
+    FOR_TILES(t->n, CALL)
+#undef CALL
+}
+
+static void attn_f32(cpu_attn_tile *t, const void *k, const void *v) {
+    if (t->head_dim % 32) {
+        gen_attn_f32(t, k, v);
+        return;
+    }
+#define CALL(R) attn_tile(t, k, v, at_, R, false)
+    FOR_TILES(t->n, CALL)
+#undef CALL
+}
+
+const cpu_kernels cpu_kernels_avx512 = {
+    .dot = {[CPU_F32] = dot_f32,
+            [CPU_F16] = dot_f16,
+            [CPU_BF16] = dot_bf16,
+            [CPU_I8] = dot_i8,
+            [CPU_MX4] = dot_mx4,
+            [CPU_Q4K] = dot_q4k,
+            [CPU_Q6K] = dot_q6k},
+    .quantise = gen_quantise,
+    .rms_norm = gen_rms_norm,
+    .layer_norm = gen_layer_norm,
+    .glu = gen_glu,
+    .gelu_tanh = gen_gelu_tanh,
+    .attn_f16 = attn_f16,
+    .attn_f32 = attn_f32,
+};

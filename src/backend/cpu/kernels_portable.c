@@ -1,0 +1,16 @@
+#include "backend/cpu/generic.h"
+
+const cpu_kernels cpu_kernels_portable = {GEN_TABLE};
+
+const cpu_kernels *cpu_kernels_for(cpu_tier tier) {
+#if defined(__x86_64__)
+    if (tier >= CPU_AVX512)
+        return &cpu_kernels_avx512;
+    if (tier >= CPU_AVXVNNI)
+        return &cpu_kernels_avxvnni;
+    if (tier >= CPU_AVX2)
+        return &cpu_kernels_avx2;
+#endif
+    (void)tier;
+    return &cpu_kernels_portable;
+}

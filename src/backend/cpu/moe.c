@@ -1,0 +1,248 @@
+#include <math.h>
+#include <string.h>
+
+#include "backend/cpu/internal.h"
+
+enum { EXPERT_RUN = 4 /* panels taken at a time */ };
+
+/* ---- router ---- */
+
+/* The top_k largest of logits, lower id first among equals, and the softmax over them. */
+static void choose(const float *logits, int n, int top_k, float *route) {
+    float top = 0, sum = 0;
+    for (int k = 0; k < top_k; k++) {
+        int best = -1;
+        for (int e = 0; e < n; e++) {
+            bool taken = false;
+            for (int j = 0; j < k; j++)
+                taken |= (int)route[j * 2] == e;
+            if (!taken && (best < 0 || logits[e] > logits[best]))
+                best = e;
+        }
+        if (k == 0)
+            top = logits[best];
+        route[k * 2] = (float)best;
+        route[k * 2 + 1] = expf(logits[best] - top);
+        sum += route[k * 2 + 1];
+    }
+    for (int k = 0; k < top_k; k++)
+        route[k * 2 + 1] /= sum;
+}
+
+static void route_panel(cpu_step *s, const cpu_cmd *c, cpu_local *l, const cpu_rows *x, int64_t row, int64_t n,
+                        int64_t index) {
+    const cpu_part *part = &c->w->part[0];
+    bool ints = cpu_fmt_is_int(part->fmt);
+    const void *ptr[CPU_TOKENS];
+    for (int64_t t = 0; t < n; t++)
+        ptr[t] = ints ? (const void *)(x->q + (size_t)(row + t) * x->q_stride)
+                      : (const void *)(x->f + (row + t) * x->f_stride);
+    const uint8_t *panel = cpu_panel(part, c->w->base.n_col, 0, index, l);
+    s->dev->k->dot[part->fmt](panel, c->w->base.n_col, ptr, (int)n, l->y, l->dot);
+    int64_t stride = c->w->n_panel * CPU_PANEL;
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t r = 0; r < CPU_PANEL && index * CPU_PANEL + r < part->n_row; r++) {
+            float v = l->y[t * CPU_PANEL + r];
+            s->dev->shared.logits[(row + t) * stride + index * CPU_PANEL + r] =
+                v + (c->w->bias[0] ? c->w->bias[0][index * CPU_PANEL + r] : 0);
+        }
+}
+
+static void run_route(cpu_step *s, cpu_cmd *c, int thread) {
+    cpu_device *d = s->dev;
+    int64_t n = c->x->base.n_row;
+    bool ints = cpu_wants_ints(c->w);
+    cpu_rows x;
+    cpu_prepare(s, thread, &c->norm, c->x->data, n, c->w->base.n_col, ints, &x);
+    int64_t block = CPU_TOKENS, n_block = (n + block - 1) / block, total = n_block * c->w->n_panel;
+    for (int64_t i; (i = atomic_fetch_add_explicit(&c->next[0], 1, memory_order_relaxed)) < total;) {
+        int64_t row = i / c->w->n_panel * block;
+        route_panel(s, c, &d->local[thread], &x, row, n - row < block ? n - row : block, i % c->w->n_panel);
+    }
+    pool_barrier(d->pool);
+    for (int64_t t = thread; t < n; t += d->n_thread)
+        choose(d->shared.logits + t * c->w->n_panel * CPU_PANEL, (int)c->w->base.n_row, c->top_k,
+               c->route->data + t * c->route->stride);
+}
+
+void cpu_route(be_step *s, const be_weight *w, const be_act *x, int top_k, be_act *route) {
+    cpu_device *d = ((cpu_step *)s)->dev;
+    cpu_cmd *c = cpu_record(s, run_route);
+    c->w = (const cpu_weight *)w;
+    c->x = (const cpu_act *)x;
+    c->route = (cpu_act *)route;
+    c->top_k = top_k;
+    route->n_row = x->n_row;
+    cpu_widen(&d->dims.max_tok, x->n_row);
+    cpu_widen(&d->dims.n_expert, w->n_row);
+    cpu_widen(&d->dims.top_k, top_k);
+}
+
+/* ---- experts ---- */
+
+/* Which (row, slot) entries go to which expert: entry = row * top_k + slot, ascending within an expert. */
+typedef struct groups {
+    int32_t *start;  /* [n_expert + 1] into entry */
+    int32_t *entry;  /* [rows * top_k] */
+    int32_t *active; /* experts that have any */
+    int n_active;
+} groups;
+
+static void group(const cpu_act *route, int64_t n, int top_k, int n_expert, int32_t *memory, groups *g) {
+    g->start = memory;
+    g->active = memory + n_expert + 1;
+    g->entry = g->active + n_expert;
+    g->n_active = 0;
+    memset(g->start, 0, (size_t)(n_expert + 1) * sizeof(int32_t));
+    for (int64_t t = 0; t < n; t++)
+        for (int k = 0; k < top_k; k++)
+            g->start[(int)route->data[t * route->stride + k * 2] + 1]++;
+    for (int e = 0; e < n_expert; e++) {
+        if (g->start[e + 1])
+            g->active[g->n_active++] = e;
+        g->start[e + 1] += g->start[e];
+    }
+    for (int64_t i = 0; i < n * top_k; i++) /* start[e] walks to its end, */
+        g->entry[g->start[(int)route->data[i / top_k * route->stride + i % top_k * 2]]++] = (int32_t)i;
+    memmove(g->start + 1, g->start, (size_t)n_expert * sizeof(int32_t)); /* which is the next one's beginning */
+    g->start[0] = 0;
+}
+
+static void dot_panel(cpu_step *s, int thread, const cpu_weight *w, int part, int64_t mat, int64_t index,
+                      const void *const *x, int n, float *y) {
+    const cpu_part *p = &w->part[part];
+    cpu_local *l = &s->dev->local[thread];
+    const uint8_t *panel = cpu_panel(p, w->base.n_col, mat, index, l);
+    s->dev->k->dot[p->fmt](panel, w->base.n_col, x, n, y, l->dot);
+    if (!w->bias[part])
+        return;
+    const float *bias = w->bias[part] + mat * p->n_row + index * CPU_PANEL;
+    int64_t left = p->n_row - index * CPU_PANEL;
+    int lanes = left < CPU_PANEL ? (int)left : CPU_PANEL;
+    for (int t = 0; t < n; t++)
+        for (int r = 0; r < lanes; r++)
+            y[t * CPU_PANEL + r] += bias[r];
+}
+
+static const void *row_of(const cpu_rows *x, bool ints, int64_t i) {
+    return ints ? (const void *)(x->q + (size_t)i * x->q_stride) : (const void *)(x->f + i * x->f_stride);
+}
+
+/* hidden[entry][16 of a panel] = glu(gate, up) for one expert */
+static void gate_up_panel(cpu_step *s, const cpu_cmd *c, int thread, const cpu_rows *x, const groups *g, int expert,
+                          int64_t index) {
+    cpu_device *d = s->dev;
+    const cpu_weight *w = c->w;
+    float *gate = d->local[thread].y, *up = gate + CPU_TOKENS * CPU_PANEL;
+    int64_t stride = d->sized.n_ff;
+    for (int at = g->start[expert]; at < g->start[expert + 1]; at += CPU_TOKENS) {
+        int n = g->start[expert + 1] - at < CPU_TOKENS ? g->start[expert + 1] - at : CPU_TOKENS;
+        const void *ptr[2][CPU_TOKENS];
+        for (int i = 0; i < n; i++)
+            for (int p = 0; p < 2; p++)
+                ptr[p][i] = row_of(x, cpu_fmt_is_int(w->part[p].fmt), g->entry[at + i] / c->top_k);
+        dot_panel(s, thread, w, 0, expert, index, ptr[0], n, gate);
+        dot_panel(s, thread, w, 1, expert, index, ptr[1], n, up);
+        d->k->glu(gate, up, n * CPU_PANEL, c->glu.alpha, c->glu.limit, gate);
+        for (int i = 0; i < n; i++)
+            memcpy(d->shared.hidden + g->entry[at + i] * stride + index * CPU_PANEL, gate + i * CPU_PANEL,
+                   CPU_PANEL * sizeof(float));
+    }
+}
+
+/* out[entry * out_stride + 0..15] = down . hidden + bias for one expert's entries */
+static void down_panel(cpu_step *s, const cpu_cmd *c, int thread, const cpu_rows *x, const groups *g, int expert,
+                       int64_t index, float *out, int64_t out_stride) {
+    bool ints = cpu_fmt_is_int(c->w2->part[0].fmt);
+    float *y = s->dev->local[thread].y;
+    for (int at = g->start[expert]; at < g->start[expert + 1]; at += CPU_TOKENS) {
+        int n = g->start[expert + 1] - at < CPU_TOKENS ? g->start[expert + 1] - at : CPU_TOKENS;
+        const void *ptr[CPU_TOKENS];
+        for (int i = 0; i < n; i++)
+            ptr[i] = row_of(x, ints, g->entry[at + i]);
+        dot_panel(s, thread, c->w2, 0, expert, index, ptr, n, y);
+        for (int i = 0; i < n; i++)
+            memcpy(out + g->entry[at + i] * out_stride, y + i * CPU_PANEL, CPU_PANEL * sizeof(float));
+    }
+}
+
+/* y += sum over slots of weight * out, in slot order */
+static void combine(const cpu_cmd *c, int64_t row, const float *out, int64_t out_stride, int64_t col, int64_t n) {
+    const float *route = c->route->data + row * c->route->stride;
+    float *y = c->y->data + row * c->y->stride + col;
+    for (int64_t i = 0; i < n; i++) {
+        float sum = 0;
+        for (int k = 0; k < c->top_k; k++)
+            sum += route[k * 2 + 1] * out[k * out_stride + i];
+        y[i] += sum;
+    }
+}
+
+/* Few rows: entries are few enough that each thread finishes the outputs of its panels. */
+static void down_few(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x, const groups *g) {
+    int64_t n = c->x->base.n_row, n_panel = c->w2->part[0].n_panel, n_row = c->w2->base.n_row;
+    float *out = s->dev->local[thread].y + CPU_TOKENS * CPU_PANEL; /* [entry][16] */
+    for (int64_t i; (i = atomic_fetch_add_explicit(&c->next[1], EXPERT_RUN, memory_order_relaxed)) < n_panel;)
+        for (int64_t p = i; p < i + EXPERT_RUN && p < n_panel; p++) {
+            for (int e = 0; e < g->n_active; e++)
+                down_panel(s, c, thread, x, g, g->active[e], p, out, CPU_PANEL);
+            int64_t lanes = n_row - p * CPU_PANEL < CPU_PANEL ? n_row - p * CPU_PANEL : CPU_PANEL;
+            for (int64_t t = 0; t < n; t++)
+                combine(c, t, out + t * c->top_k * CPU_PANEL, CPU_PANEL, p * CPU_PANEL, lanes);
+        }
+}
+
+static void down_many(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x, const groups *g) {
+    cpu_device *d = s->dev;
+    int64_t n_panel = c->w2->part[0].n_panel, runs = (n_panel + EXPERT_RUN - 1) / EXPERT_RUN, stride = d->sized.n_ff;
+    for (int64_t i; (i = atomic_fetch_add_explicit(&c->next[1], 1, memory_order_relaxed)) < runs * g->n_active;)
+        for (int64_t p = i % runs * EXPERT_RUN, end = p + EXPERT_RUN; p < end && p < n_panel; p++)
+            down_panel(s, c, thread, x, g, g->active[i / runs], p, d->shared.down + p * CPU_PANEL, stride);
+    pool_barrier(d->pool);
+    for (int64_t t = thread; t < c->x->base.n_row; t += d->n_thread)
+        combine(c, t, d->shared.down + t * c->top_k * stride, stride, 0, c->w2->base.n_row);
+}
+
+static void run_experts(cpu_step *s, cpu_cmd *c, int thread) {
+    cpu_device *d = s->dev;
+    int64_t n = c->x->base.n_row, entries = n * c->top_k, stride = d->sized.n_ff;
+    bool few = n <= CPU_FEW && entries <= CPU_MAX_EXPERTS_FEW;
+    groups g;
+    cpu_rows x;
+    /* Grouping is cheap against the products: every thread makes its own. */
+    group(c->route, n, c->top_k, (int)c->w->base.n_mat, d->local[thread].list, &g);
+    cpu_prepare(s, thread, &c->norm, c->x->data, n, c->w->base.n_col, cpu_wants_ints(c->w), &x);
+    int64_t n_panel = c->w->part[0].n_panel, runs = (n_panel + EXPERT_RUN - 1) / EXPERT_RUN;
+    for (int64_t i; (i = atomic_fetch_add_explicit(&c->next[0], 1, memory_order_relaxed)) < runs * g.n_active;)
+        for (int64_t p = i % runs * EXPERT_RUN, end = p + EXPERT_RUN; p < end && p < n_panel; p++)
+            gate_up_panel(s, c, thread, &x, &g, g.active[i / runs], p);
+    pool_barrier(d->pool);
+
+    bool ints = cpu_wants_ints(c->w2);
+    x = (cpu_rows){.f = d->shared.hidden, .f_stride = stride, .q_stride = cpu_qrow_bytes(c->w2->base.n_col)};
+    uint8_t *q = few ? d->local[thread].q : d->shared.q;
+    x.q = q;
+    for (int64_t i = few ? 0 : thread; ints && i < entries; i += few ? 1 : d->n_thread)
+        d->k->quantise(d->shared.hidden + i * stride, c->w2->base.n_col, q + (size_t)i * x.q_stride);
+    if (few) {
+        down_few(s, c, thread, &x, &g);
+        return;
+    }
+    pool_barrier(d->pool);
+    down_many(s, c, thread, &x, &g);
+}
+
+void cpu_experts(be_step *s, const be_weight *gate_up, const be_weight *down, const be_glu *g, const be_act *x,
+                 const be_act *route, be_act *y) {
+    cpu_device *d = ((cpu_step *)s)->dev;
+    cpu_cmd *c = cpu_record(s, run_experts);
+    c->w = (const cpu_weight *)gate_up;
+    c->w2 = (const cpu_weight *)down;
+    c->glu = *g;
+    c->x = (const cpu_act *)x;
+    c->y = (cpu_act *)y;
+    c->route = (cpu_act *)route;
+    c->top_k = (int)route->width;
+    cpu_widen(&d->dims.max_tok, x->n_row);
+    cpu_widen(&d->dims.top_k, route->width);
+}
