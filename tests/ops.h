@@ -359,7 +359,7 @@ typedef struct subject {
     const double *bound;
 } subject;
 
-static subject ref, tested[8]; /* ref is among the tested only when it is asked for, or alone */
+static subject ref, tested[8]; /* ref is among the tested for the promises; it is not compared with itself */
 static int n_tested;
 
 static inline be_device *open_device(const be_ops *ops, be_params params, orcd_error *err) {
@@ -386,7 +386,7 @@ static int n_worst;
 
 static inline void note(const char *what, double error, double bound) {
     int i = 0;
-    while (i < n_worst && strcmp(worst[i].what, what) != 0)
+    while (i < n_worst && (strcmp(worst[i].what, what) != 0 || worst[i].bound != bound))
         i++;
     if (i == (int)ORCD_COUNT(worst))
         return;
@@ -475,7 +475,7 @@ static inline int op_main(int argc, char **argv, int (*run)(void)) {
     ref.dev = open_device(ref.ops, (be_params){0}, &err);
     for (size_t i = 0; i < be_count(); i++) {
         const be_ops *ops = be_at(i);
-        if (only ? strcmp(only, ops->name) != 0 : ops == ref.ops && be_count() > 1)
+        if (only && strcmp(only, ops->name) != 0)
             continue;
         size_t row = 0;
         while (bounds[row].backend && strcmp(bounds[row].backend, ops->name) != 0)
