@@ -165,6 +165,11 @@ def sums(src):
     return finish(src, [], answered_turn(src, conf["effort"], chats.arithmetic(src)), conf)
 
 
+def asked(src):
+    conf = settings(src, None, house_rules(src, 0.1))
+    return finish(src, [], answered_turn(src, conf["effort"], src.pick((chats.who, chats.who, chats.repeat))(src)), conf)
+
+
 def instructed(src):
     turn = chats.instructed(src)
     conf = settings(src, None, turn.instructions)
@@ -219,7 +224,7 @@ def finish(src, before, last, conf):
     return messages, conf, first
 
 
-KINDS = [(one_call, 34), (two_calls, 6), (no_call, 6), (single, 16), (sums, 5), (instructed, 9), (several, 9), (remembered, 4), (several_with_tools, 8), (extracted, 3)]
+KINDS = [(one_call, 34), (two_calls, 6), (no_call, 6), (single, 16), (sums, 3), (asked, 12), (instructed, 9), (several, 9), (remembered, 4), (several_with_tools, 8), (extracted, 3)]
 
 
 def pieces(src):
