@@ -26,32 +26,44 @@ static void gen_free(gen *g) {
     free(g);
 }
 
-/* Hand over what is certain of the answer's text. */
-static void emit_content(gen *g, const eng_token *t) {
-    if (!g->fresh.len)
-        return;
-    const gen_event e = {.kind = GEN_CONTENT, .text = g->fresh.data, .len = g->fresh.len, .token = t};
-    if (!g->p.on_event(g->p.ctx, &e))
+static void emit(gen *g, const gen_event *e) {
+    if (!g->client_gone && !g->p.on_event(g->p.ctx, e))
         g->client_gone = true;
+}
+
+/* Hand over what is certain of the answer's text. */
+static void emit_content(gen *g) {
+    if (g->fresh.len)
+        emit(g, &(gen_event){.kind = GEN_CONTENT, .text = g->fresh.data, .len = g->fresh.len});
     buf_clear(&g->fresh);
 }
 
-static void take_content(gen *g, const char *text, size_t len, const eng_token *t) {
+static void take_content(gen *g, const char *text, size_t len) {
     if (len && g->stop_matched < 0)
         g->stop_matched = stop_push(g->stops, text, len, &g->fresh);
-    emit_content(g, t);
+    emit_content(g);
 }
 
 static eng_verdict on_raw_token(gen *g, const eng_token *t) {
     size_t len = 0;
-    const char *bytes = tok_is_special(g->tok, t->id) ? "" : tok_bytes(g->tok, t->id, &len);
+    bool special = tok_is_special(g->tok, t->id);
+    const char *bytes = special ? "" : tok_bytes(g->tok, t->id, &len);
+    emit(g, &(gen_event){.kind = GEN_TOKEN, .token = t, .answer = !special});
     buf_clear(&g->whole);
     tok_stream_push(&g->utf8, bytes, len, &g->whole);
-    take_content(g, g->whole.data, g->whole.len, t);
+    take_content(g, g->whole.data, g->whole.len);
     return (eng_verdict){g->stop_matched >= 0 || g->client_gone ? ENG_END : ENG_GO, NULL, 0};
 }
 
 static eng_verdict on_token(void *ctx, const eng_token *t) { return on_raw_token(ctx, t); }
+
+static void on_prefill(void *ctx, int32_t done, int32_t total) {
+    gen *g = ctx;
+    (void)done, (void)total;
+    if (g->p.on_running)
+        g->p.on_running(g->p.ctx);
+    g->p.on_running = NULL;
+}
 
 static gen_finish finish_of(const gen *g, const eng_result *r) {
     switch (r->stop) {
@@ -76,9 +88,10 @@ static void on_done(void *ctx, const eng_result *r) {
     if (!g->client_gone && r->stop != ENG_STOP_ERROR) {
         buf_clear(&g->whole);
         tok_stream_end(&g->utf8, &g->whole);
-        take_content(g, g->whole.data, g->whole.len, NULL);
-        stop_flush(g->stops, &g->fresh);
-        emit_content(g, NULL);
+        take_content(g, g->whole.data, g->whole.len);
+        if (g->stop_matched < 0)
+            stop_flush(g->stops, &g->fresh);
+        emit_content(g);
     }
     const gen_done d = {.finish = finish_of(g, r), .stop_matched = g->stop_matched, .result = r};
     g->p.on_done(g->p.ctx, &d);
@@ -101,6 +114,7 @@ orcd_status gen_start(eng *e, const gen_params *p, gen **out, orcd_error *err) {
     }
     eng_request r = p->request;
     r.on_token = on_token;
+    r.on_prefill = on_prefill;
     r.on_done = on_done;
     r.ctx = g;
     *out = g; /* before submitting: events may come at once */
