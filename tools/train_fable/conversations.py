@@ -1,6 +1,6 @@
 """Endless generated conversations in harmony format, and the held-out evaluation files.
 
-    conversations.py TALES.txt.gz TOKENIZER.json OUT_DIR     writes the evaluation files
+    conversations.py TALES.txt.gz TOKENIZER.json OUT_DIR [SEED]     writes the evaluation files
 """
 import copy
 import datetime
@@ -242,7 +242,7 @@ def record(tokenizer, messages, conf, expect):
     public = [{k: v for k, v in m.items() if k != "reasoning"} for m in messages]
     text = prompt(messages, **{k: v for k, v in conf.items() if k != "response_format"})
     return {"effort": conf["effort"], "date": conf["date"], "developer": conf["instructions"], "tools": conf["tools"] or [], "messages": public,
-            "system": text[len("<|start|>system<|message|>"):text.index("<|end|>")], "prompt_text": text, "prompt_ids": tokenizer.encode(text, add_special_tokens=False).ids, "expect": expect}
+            "prompt_text": text, "prompt_ids": tokenizer.encode(text, add_special_tokens=False).ids, "expect": expect}
 
 
 def evaluation_sets(src, tokenizer):
@@ -270,9 +270,9 @@ def evaluation_sets(src, tokenizer):
     return sets
 
 
-def main(tales, tokenizer_path, out):
+def main(tales, tokenizer_path, out, seed=20260131):
     from tokenizers import Tokenizer
-    src = Source(random.Random(20260131), tale_words(tales), evaluation=True)
+    src = Source(random.Random(int(seed)), tale_words(tales), evaluation=True)
     os.makedirs(out, exist_ok=True)
     for name, rows in evaluation_sets(src, Tokenizer.from_file(tokenizer_path)).items():
         with open(f"{out}/{name}.jsonl", "w", encoding="utf-8") as f:
