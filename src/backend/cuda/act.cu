@@ -1,6 +1,5 @@
 /* backend/cuda/act.cu: activations and the paged KV cache. */
 #include "backend/cuda/cuda.h"
-#include "quant/fragment.cuh"
 
 #include <new>
 #include <string.h>
@@ -103,11 +102,8 @@ orcd_status cuda_act_read(be_device *base, const be_act *act, int64_t row, int64
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
     cudaError_t e = cudaMemcpy(h, a->f16 + row * a->ld, (size_t)n * ld * 2, cudaMemcpyDeviceToHost);
     for (size_t r = 0; e == cudaSuccess && r < (size_t)n; r++)
-        for (size_t k = 0; k < width; k++) {
-            __half x;
-            memcpy(&x, h + r * ld + k, 2);
-            dst[r * width + k] = __half2float(x);
-        }
+        for (size_t k = 0; k < width; k++)
+            dst[r * width + k] = f32_from_f16(h[r * ld + k]);
     free(h);
     return e == cudaSuccess ? ORCD_OK : cuda_fail(d, e, "reading an activation", err);
 }
@@ -119,8 +115,7 @@ orcd_status cuda_act_write(be_device *base, be_act *act, int64_t row, int64_t n,
     ORCD_TRY(in_range(act, row, n, err));
     CUDA_TRY(d, "choosing the device", cudaSetDevice(d->ordinal));
     CUDA_TRY(d, "waiting for a step", cudaStreamSynchronize(d->stream));
-    if (row + n > act->n_row)
-        act->n_row = row + n;
+    act->n_row = row + n;
     void *host = calloc((size_t)n * ld + 1, 8);
     if (!host)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
@@ -138,10 +133,8 @@ orcd_status cuda_act_write(be_device *base, be_act *act, int64_t row, int64_t n,
     } else {
         uint16_t *h = (uint16_t *)host;
         for (size_t r = 0; r < (size_t)n; r++)
-            for (size_t k = 0; k < width; k++) {
-                __half x = __float2half_rn(src[r * width + k]);
-                memcpy(h + r * ld + k, &x, 2);
-            }
+            for (size_t k = 0; k < width; k++)
+                h[r * ld + k] = f16_from_f32(src[r * width + k]);
         e = cudaMemcpy(a->f32 + row * act->width, src, count * 4, cudaMemcpyHostToDevice);
         if (e == cudaSuccess && a->f16)
             e = cudaMemcpy(a->f16 + row * a->ld, h, (size_t)n * ld * 2, cudaMemcpyHostToDevice);

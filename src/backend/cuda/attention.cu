@@ -48,9 +48,10 @@ static __device__ __forceinline__ uint4 kv_load(const __nv_fp8_e4m3 *p) {
     return make_uint4(r[0], r[1], r[2], r[3]);
 }
 
-/* A warp's 16 rows: query position and head of rows g and g + 8. */
+/* A warp's 16 rows: query position and head of rows g and g + 8; keys that any of the 16 rows sees. */
 struct attn_rows {
     int row[2], head[2], pos[2]; /* row -1: none */
+    int key_low, key_high;
 };
 
 /* The page's share for 16 rows: m, l of rows g and g + 8, O as fragments [dim / 8]. */
@@ -126,6 +127,16 @@ static __device__ __forceinline__ void do_page(const attn_args &a, const attn_ro
         out.m[h] = m;
         out.l[h] = l;
     }
+    /* Values that no row sees may be anything, NaN included, and NaN times zero is NaN: clear them. */
+    uint4 keep[2];
+    const bool whole = key0 >= r.key_low && key0 + BE_PAGE - 1 <= r.key_high;
+    for (int b = 0; b < 2; b++) {
+        const int low = r.key_low - key0 - 32 * b - 8 * t, high = r.key_high - key0 - 32 * b - 8 * t;
+        uint32_t w[4];
+        for (int i = 0; i < 4; i++)
+            w[i] = (2 * i >= low && 2 * i <= high ? 0xFFFFu : 0) | (2 * i + 1 >= low && 2 * i + 1 <= high ? 0xFFFF0000u : 0);
+        keep[b] = make_uint4(w[0], w[1], w[2], w[3]);
+    }
     const T *vt = page + BE_PAGE * DIM;
 #pragma unroll
     for (int n = 0; n < DIM / 8; n++) {
@@ -133,7 +144,9 @@ static __device__ __forceinline__ void do_page(const attn_args &a, const attn_ro
         o[0] = o[1] = o[2] = o[3] = 0;
 #pragma unroll
         for (int b = 0; b < 2; b++) {
-            const uint4 v = kv_load(vt + (8 * n + g) * BE_PAGE + 32 * b + t * 8);
+            uint4 v = kv_load(vt + (8 * n + g) * BE_PAGE + 32 * b + t * 8);
+            if (!whole)
+                v = make_uint4(v.x & keep[b].x, v.y & keep[b].y, v.z & keep[b].z, v.w & keep[b].w);
             mma_f16(o, p[0][b][0], p[1][b][0], p[0][b][1], p[1][b][1], v.x, v.y);
             mma_f16(o, p[0][b][2], p[1][b][2], p[0][b][3], p[1][b][3], v.z, v.w);
         }
@@ -198,6 +211,8 @@ static __device__ __forceinline__ attn_rows rows_of_warp(const attn_args &a, int
         r.head[h] = kv_head * a.group + flat % a.group;
         r.pos[h] = q < n ? a.a.pos[row0 + q] : -1;
     }
+    r.key_low = first_key(a, a.a.pos[row0 + min(i * 16 / a.group, n - 1)]);
+    r.key_high = a.a.pos[row0 + min((i * 16 + 15) / a.group, n - 1)];
     return r;
 }
 
@@ -214,8 +229,7 @@ template <int DIM, class T> static __global__ __launch_bounds__(128) void attn_t
         const attn_rows r = rows_of_warp(a, tile.row, tile.n, kv_head, i, g);
         uint4 q[2][DIM / 32];
         load_q<DIM>(a, r, t, q);
-        const int q0 = i * 16 / a.group, q1 = min((i * 16 + 15) / a.group, tile.n - 1);
-        const int from = first_key(a, a.a.pos[tile.row + q0]) / BE_PAGE, to = a.a.pos[tile.row + q1] / BE_PAGE;
+        const int from = r.key_low / BE_PAGE, to = r.key_high / BE_PAGE;
         attn_part<DIM> all, super, page;
         clear_part(all);
         clear_part(super);

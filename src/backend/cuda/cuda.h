@@ -18,6 +18,7 @@
 
 extern "C" {
 #include "backend/backend.h"
+#include "base/half.h"
 #include "base/pool.h"
 }
 

@@ -62,9 +62,7 @@ static __global__ __launch_bounds__(ROW_THREADS) void route_kernel(cuda_count ro
             if (x) {
                 v = x[(int64_t)row * n + i];
             } else {
-                __half h;
-                memcpy(&h, xh + row * ld + i, 2);
-                v = __half2float(h);
+                v = __half2float(__ushort_as_half(xh[row * ld + i]));
             }
             s = fmaf(w[(int64_t)e * n + i], v, s);
         }

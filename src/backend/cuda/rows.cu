@@ -193,12 +193,11 @@ void cuda_run_rope(cuda_run *r, const cuda_cmd *c) {
 
 static __device__ __forceinline__ void kv_put(float *p, float v) { *p = v; }
 static __device__ __forceinline__ void kv_put(__half *p, float v) {
-    const uint16_t h = f16_bits(v);
-    memcpy(p, &h, 2);
+    *p = __ushort_as_half(f16_bits(v));
 }
 static __device__ __forceinline__ void kv_put(__nv_fp8_e4m3 *p, float v) { *p = __nv_fp8_e4m3(v); }
 
-/* K [64][dim] and V transposed [dim][64] of every kv head; dims past head_dim stay zero. */
+/* K [64][dim] and V transposed [dim][64] of every kv head; dims past head_dim are zero. */
 template <class T>
 static __global__ void kv_write_kernel(cuda_arrays a, const float *qkv, int width, int n_head, int n_kv, int head_dim,
                                        int dim, T *layer, int64_t page_elems, const int32_t *table, int n_entry) {
@@ -213,11 +212,12 @@ static __global__ void kv_write_kernel(cuda_arrays a, const float *qkv, int widt
         return;
     const float *k = qkv + (int64_t)row * width + (int64_t)n_head * head_dim, *v = k + n_kv * head_dim;
     T *dst = layer + page * page_elems;
-    for (int i = threadIdx.x; i < n_kv * head_dim; i += blockDim.x) {
-        const int h = i / head_dim, d = i % head_dim;
+    for (int i = threadIdx.x; i < n_kv * dim; i += blockDim.x) {
+        const int h = i / dim, d = i % dim;
+        const bool there = d < head_dim;
         T *head = dst + (int64_t)h * 2 * BE_PAGE * dim;
-        kv_put(head + at * dim + d, k[i]);
-        kv_put(head + BE_PAGE * dim + d * BE_PAGE + at, v[i]);
+        kv_put(head + at * dim + d, there ? k[h * head_dim + d] : 0.f);
+        kv_put(head + BE_PAGE * dim + d * BE_PAGE + at, there ? v[h * head_dim + d] : 0.f);
     }
 }
 

@@ -340,6 +340,7 @@ static orcd_status staging(cuda_dev *d, size_t words, int32_t **out, orcd_error 
         ORCD_TRY(cuda_alloc(d, &d->upload, st->cap * sizeof(int32_t), "the batch", err));
         d->upload_cap = st->cap * sizeof(int32_t);
     }
+    memset(st->host, 0, sizeof(cuda_batch));
     *out = st->host;
     return ORCD_OK;
 }
@@ -358,11 +359,10 @@ static orcd_status upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, orcd_err
     cuda_kv *kv = (cuda_kv *)s->base.kv;
     const int n_map = kv ? kv->n_map : 0, tok = b->n_tok;
     const size_t words = sizeof(cuda_batch) / 4 + (size_t)tok * 7 + (size_t)b->n_out * 10 + (size_t)n_map * 3 + 64;
-    int32_t *host;
+    int32_t *host = NULL;
     ORCD_TRY(staging(d, words, &host, err));
     cuda_batch *h = (cuda_batch *)host;
     int32_t at = sizeof(cuda_batch) / 4;
-    memset(h, 0, sizeof *h);
     h->n_tok = tok;
     h->n_out = b->n_out;
     h->n_map = n_map;

@@ -424,7 +424,7 @@ static orcd_status load_matrices(cuda_dev *d, const be_load *l, cuda_weight *w, 
         ORCD_TRY(load_matrix(d, l, i, parts, m, power, &big, err));
         if (big && l->part[i].type != Q_F16) { /* rare: look at the weights and choose the power that fits */
             for (int k = i; k < i + parts; k++) {
-                float one;
+                float one = 1;
                 ORCD_TRY(power_of(&l->part[k], &one, err));
                 power = fminf(power, one);
             }
