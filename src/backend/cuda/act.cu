@@ -6,8 +6,7 @@
 
 /* ---- activations ---- */
 
-orcd_status cuda_act_new(be_device *base, be_form form, int64_t cap_row, int64_t width, be_act **out,
-                         orcd_error *err) {
+orcd_status cuda_act_new(be_device *base, be_form form, int64_t cap_row, int64_t width, be_act **out, orcd_error *err) {
     cuda_dev *d = (cuda_dev *)base;
     orcd_status st = ORCD_OK;
     *out = NULL;

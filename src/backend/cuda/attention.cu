@@ -41,8 +41,8 @@ static __device__ __forceinline__ uint4 kv_load(const __nv_fp8_e4m3 *p) {
     uint32_t r[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const __half2_raw h = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)((i < 2 ? q.x : q.y) >> (i & 1) * 16),
-                                                         __NV_E4M3);
+        const __half2_raw h =
+            __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)((i < 2 ? q.x : q.y) >> (i & 1) * 16), __NV_E4M3);
         r[i] = (uint32_t)h.x | (uint32_t)h.y << 16;
     }
     return make_uint4(r[0], r[1], r[2], r[3]);
@@ -55,9 +55,7 @@ struct attn_rows {
 };
 
 /* The page's share for 16 rows: m, l of rows g and g + 8, O as fragments [dim / 8]. */
-template <int DIM> struct attn_part {
-    float m[2], l[2], o[DIM / 8][4];
-};
+template <int DIM> struct attn_part { float m[2], l[2], o[DIM / 8][4]; };
 
 template <int DIM>
 static __device__ __forceinline__ void load_q(const attn_args &a, const attn_rows &r, int t, uint4 (&q)[2][DIM / 32]) {
@@ -134,7 +132,8 @@ static __device__ __forceinline__ void do_page(const attn_args &a, const attn_ro
         const int low = r.key_low - key0 - 32 * b - 8 * t, high = r.key_high - key0 - 32 * b - 8 * t;
         uint32_t w[4];
         for (int i = 0; i < 4; i++)
-            w[i] = (2 * i >= low && 2 * i <= high ? 0xFFFFu : 0) | (2 * i + 1 >= low && 2 * i + 1 <= high ? 0xFFFF0000u : 0);
+            w[i] = (2 * i >= low && 2 * i <= high ? 0xFFFFu : 0) |
+                   (2 * i + 1 >= low && 2 * i + 1 <= high ? 0xFFFF0000u : 0);
         keep[b] = make_uint4(w[0], w[1], w[2], w[3]);
     }
     const T *vt = page + BE_PAGE * DIM;
@@ -202,7 +201,8 @@ static __device__ __forceinline__ int first_key(const attn_args &a, int pos) {
 }
 
 /* Rows [16 i, 16 i + 16) of the rows x heads of a run that begins at batch row row0. */
-static __device__ __forceinline__ attn_rows rows_of_warp(const attn_args &a, int row0, int n, int kv_head, int i, int g) {
+static __device__ __forceinline__ attn_rows rows_of_warp(const attn_args &a, int row0, int n, int kv_head, int i,
+                                                         int g) {
     attn_rows r;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -234,7 +234,8 @@ template <int DIM, class T> static __global__ __launch_bounds__(128) void attn_t
         clear_part(all);
         clear_part(super);
         for (int p = from; p <= to; p++) {
-            const T *src = (const T *)(a.layer + (int64_t)max(table[p], 0) * a.page_bytes) + kv_head * 2 * BE_PAGE * DIM;
+            const T *src =
+                (const T *)(a.layer + (int64_t)max(table[p], 0) * a.page_bytes) + kv_head * 2 * BE_PAGE * DIM;
             do_page<DIM, T>(a, r, q, src, p * BE_PAGE, lane, page);
             merge_part(super, page);
             if (p % SUPER == SUPER - 1 || p == to) {
@@ -255,7 +256,7 @@ template <int DIM, class T> static __global__ __launch_bounds__(128) void attn_t
 /* Single rows: blockIdx.x = row of the list, y = KV head, z = super-chunk from the row's first; a warp takes one page.
  * The last block of a row and KV head to arrive adds the super-chunks up. Up to 16 heads share a KV head here. */
 template <int DIM, class T> static __global__ __launch_bounds__(256) void attn_one_kernel(attn_args a) {
-    constexpr int W = DIM + 2; /* O, m, l */
+    constexpr int W = DIM + 2;      /* O, m, l */
     extern __shared__ float part[]; /* [warp][16][W] */
     __shared__ uint32_t last;
     pdl_launch();
@@ -344,8 +345,10 @@ template <int DIM, class T> static void launch_typed(cuda_run *r, attn_args a, i
     if (ones) {
         const size_t shared = (size_t)8 * 16 * (DIM + 2) * 4;
         if (r->error == cudaSuccess)
-            r->error = cudaFuncSetAttribute(attn_one_kernel<DIM, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-        cuda_launch(r, attn_one_kernel<DIM, T>, dim3((unsigned)ones, (unsigned)a.n_kv, (unsigned)zs), dim3(256), shared, a);
+            r->error =
+                cudaFuncSetAttribute(attn_one_kernel<DIM, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+        cuda_launch(r, attn_one_kernel<DIM, T>, dim3((unsigned)ones, (unsigned)a.n_kv, (unsigned)zs), dim3(256), shared,
+                    a);
     }
     if (tiles)
         cuda_launch(r, attn_tile_kernel<DIM, T>, dim3((unsigned)tiles, (unsigned)a.n_kv), dim3(128), 0, a);

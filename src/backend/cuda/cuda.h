@@ -6,8 +6,8 @@
  * header, tokens, positions, page tables, routing.
  *
  * One arithmetic for every number of rows, so that results do not depend on the batch: a product is a chain of
- * mma.m16n8k16 over columns in ascending order, cut into at most 16 segments of seg_len(units) units of 64 columns, each
- * from zero, added in ascending order. Kernels differ only in who computes which segment. */
+ * mma.m16n8k16 over columns in ascending order, cut into at most 16 segments of seg_len(units) units of 64 columns,
+ * each from zero, added in ascending order. Kernels differ only in who computes which segment. */
 #ifndef ORCD_BACKEND_CUDA_CUDA_H
 #define ORCD_BACKEND_CUDA_CUDA_H
 
@@ -50,7 +50,7 @@ struct cuda_weight {
     cuda_matrix matrix[3]; /* LINEAR, GATE_UP, DOWN */
     float *bias;           /* [n_mat][n_row] of all parts, or NULL; GATE_UP: [n_mat][2][n_ff] */
     float *dense;          /* VECTOR; small LINEAR (may be a router): [n_row][n_col] */
-    float *gained;         /* small LINEAR: [tile of 16 columns][n_row][16] times a norm's gain, for norm and router in one */
+    float *gained; /* small LINEAR: [tile of 16 columns][n_row][16] times a norm's gain, for norm and router in one */
     const cuda_weight *gain_of;
     uint8_t *rows; /* EMBED: canonical rows of rows_type */
     q_type rows_type;
@@ -61,13 +61,13 @@ struct cuda_weight {
 
 struct cuda_act {
     be_act base;
-    float *f32;     /* F32, FREE: [cap_row][width] */
-    uint16_t *f16;  /* FREE: [cap_row][ld], zero past width; what a product reads */
-    int64_t ld;     /* elements: width rounded up to 64 */
-    bool outs; /* rows are those of the batch's outputs */
+    float *f32;            /* F32, FREE: [cap_row][width] */
+    uint16_t *f16;         /* FREE: [cap_row][ld], zero past width; what a product reads */
+    int64_t ld;            /* elements: width rounded up to 64 */
+    bool outs;             /* rows are those of the batch's outputs */
     bool has_f32, has_f16; /* which of them the last writer filled */
-    int32_t *id;     /* ROUTE: [cap_row][width] */
-    float *expert_w; /* ROUTE: [cap_row][width] */
+    int32_t *id;           /* ROUTE: [cap_row][width] */
+    float *expert_w;       /* ROUTE: [cap_row][width] */
 };
 
 /* ---- KV ---- */
@@ -76,13 +76,13 @@ struct cuda_dev;
 struct cuda_kv {
     be_kv base;
     cuda_dev *dev;
-    int *window;  /* [n_layer], spec.window's copy */
-    int dim;      /* head_dim rounded up to 32, 64 or 128 */
-    int elem;     /* bytes per value */
-    int *sub;     /* [n_layer] index of the layer in its pool */
+    int *window; /* [n_layer], spec.window's copy */
+    int dim;     /* head_dim rounded up to 32, 64 or 128 */
+    int elem;    /* bytes per value */
+    int *sub;    /* [n_layer] index of the layer in its pool */
     int n_sub[BE_N_POOLS];
-    uint8_t *pages[BE_N_POOLS];  /* [n_page][layer of the pool][kv head][K: 64 x dim | V: dim x 64] */
-    int32_t *table[BE_N_POOLS];  /* device: [n_slot][n_entry] */
+    uint8_t *pages[BE_N_POOLS]; /* [n_page][layer of the pool][kv head][K: 64 x dim | V: dim x 64] */
+    int32_t *table[BE_N_POOLS]; /* device: [n_slot][n_entry] */
     int n_entry;
     struct cuda_map { /* page-table changes since the last step */
         int32_t pool, index, page;
@@ -96,8 +96,9 @@ struct cuda_kv {
 /* In device memory, at the head of the batch block: everything about a batch that a replayed graph must read. */
 struct cuda_batch {
     int32_t n_tok, n_out, n_map;
-    int32_t n_one, n_tile;          /* rows of sequences with one row; tiles of longer ones */
-    int32_t off_token, off_pos, off_slot, off_out, off_map, off_one, off_tile, off_sample; /* in the upload, int32 units */
+    int32_t n_one, n_tile; /* rows of sequences with one row; tiles of longer ones */
+    int32_t off_token, off_pos, off_slot, off_out, off_map, off_one, off_tile,
+        off_sample; /* in the upload, int32 units */
 };
 
 struct cuda_tile { /* rows row .. row + n - 1 of one sequence */
@@ -148,7 +149,7 @@ struct cuda_cmd {
     void *ctx;
 };
 
-struct cuda_shape { /* what a recorded graph has fixed beside its commands */
+struct cuda_shape {      /* what a recorded graph has fixed beside its commands */
     int32_t rows, outs;  /* buckets */
     int32_t reach;       /* super-chunks of keys that the longest single row spans, a power of two */
     int32_t ones, tiles; /* attention has single rows, has tiles (bucketed count) */
@@ -168,7 +169,7 @@ struct cuda_step {
     cuda_cmd *cmd;
     int n_cmd, cap_cmd;
     bool samples, taps, wide; /* wide: more than 16 query heads share a KV head */
-    orcd_error error; /* of recording; code ORCD_OK = none */
+    orcd_error error;         /* of recording; code ORCD_OK = none */
     be_sample *sample;
 };
 
@@ -191,7 +192,7 @@ struct cuda_scratch { /* shared by all operations of a step, sized by the larges
     int32_t *count;   /* [0] tiles */
     float *partial;   /* attention splits, [CUDA_MAX_PARTIAL][16][dim + 2] */
     uint32_t *arrived;
-    float2 *rope; /* [max_tok][64] cos, sin */
+    float2 *rope;   /* [max_tok][64] cos, sin */
     uint64_t *best; /* sampling, [outs][CUDA_SAMPLE_PARTS] */
     size_t hidden_bytes, down_bytes, pairs, tiles, tok, outs, n_count, n_partial, n_arrived; /* what is there */
 };
@@ -227,6 +228,7 @@ struct cuda_dev {
     } freq[CUDA_N_FREQ];
     int n_freq;
 
+    struct cuda_decode *decode; /* decode.cu's own */
     cuda_graph *graphs;
     int n_graph;
     cuda_step step; /* one at a time */
@@ -317,6 +319,10 @@ void cuda_run_sample(cuda_run *r, const cuda_cmd *c);
 void cuda_run_moe(cuda_run *r, const cuda_cmd *c);
 void cuda_run_to_f16(cuda_run *r, const cuda_cmd *c);
 void cuda_run_rope_table(cuda_run *r, const cuda_cmd *c); /* cos and sin of the command's frequencies, once a step */
+/* The whole list of a step of one row by fused kernels; false, and nothing launched, when it is no such list. */
+bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd);
+orcd_status cuda_decode_reserve(cuda_dev *d, orcd_error *err);
+void cuda_decode_free(cuda_dev *d);
 cudaError_t cuda_apply_gain(cuda_dev *d, cuda_weight *router, const cuda_weight *norm);
 
 /* Rows of a command's input as kernels see them: at most cap, exactly *n when n is not NULL. */
@@ -337,8 +343,14 @@ static __device__ __forceinline__ int count_rows(cuda_count c) { return c.n ? *(
 
 /* A checked launch, with programmatic dependence on the kernel before it where the device has that. */
 template <class... Param, class... Arg>
-static inline void cuda_launch(cuda_run *r, void (*kernel)(Param...), dim3 grid, dim3 block, size_t shared, Arg... arg) {
+static inline void cuda_launch(cuda_run *r, void (*kernel)(Param...), dim3 grid, dim3 block, size_t shared,
+                               Arg... arg) {
     if (r->error != cudaSuccess || !grid.x || !grid.y || !grid.z)
+        return;
+    /* kernels with different shares of shared memory cannot overlap; long steps rather have the L1 */
+    const int carve = r->shape.rows <= 64 ? cudaSharedmemCarveoutMaxShared : cudaSharedmemCarveoutDefault;
+    r->error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carve);
+    if (r->error != cudaSuccess)
         return;
     cudaLaunchConfig_t c = {};
     c.gridDim = grid;

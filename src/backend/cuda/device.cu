@@ -109,7 +109,8 @@ static orcd_status dev_open(const be_params *p, be_device **out, orcd_error *err
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
     d->base.ops = &be_ops_cuda;
     d->ordinal = p->device;
-    if ((e = cudaSetDevice(p->device)) != cudaSuccess || (e = cudaGetDeviceProperties(&prop, p->device)) != cudaSuccess) {
+    if ((e = cudaSetDevice(p->device)) != cudaSuccess ||
+        (e = cudaGetDeviceProperties(&prop, p->device)) != cudaSuccess) {
         st = cuda_fail(d, e, "opening the device", err);
         goto done;
     }

@@ -79,17 +79,17 @@ void cuda_run_route(cuda_run *r, const cuda_cmd *c) {
     const cuda_count rows = cuda_rows_of(r, c);
     cuda_launch(r, route_kernel, dim3((unsigned)rows.cap), dim3(ROW_THREADS), 0, rows,
                 (const float *)(c->x->has_f32 ? c->x->f32 : NULL), (const uint16_t *)c->x->f16, c->x->ld,
-                (int)c->x->base.width, (const float *)c->w->dense, (const float *)c->w->bias, (int)c->w->base.n_row, c->k,
-                c->y->id, c->y->expert_w);
+                (int)c->x->base.width, (const float *)c->w->dense, (const float *)c->w->bias, (int)c->w->base.n_row,
+                c->k, c->y->id, c->y->expert_w);
 }
 
 /* Norm and router of a residual row in one: the router sees the row before the norm, its weights carry the gain, and
  * the norm's scale comes last: the order of sums that the decode kernels use, tile by tile of 16 values. */
 static __global__ __launch_bounds__(ROW_THREADS) void norm_route_kernel(cuda_count rows, const float *x, int n,
-                                                                        const float *gain, float eps, const float *router,
-                                                                        const float *bias, int n_expert, int k,
-                                                                        uint16_t *y, int64_t ld, int32_t *id,
-                                                                        float *weight) {
+                                                                        const float *gain, float eps,
+                                                                        const float *router, const float *bias,
+                                                                        int n_expert, int k, uint16_t *y, int64_t ld,
+                                                                        int32_t *id, float *weight) {
     extern __shared__ float xs[]; /* [n rounded up to 16] */
     __shared__ float part[16], sums[16][CUDA_MAX_EXPERT / 8], logit[CUDA_MAX_EXPERT];
     pdl_launch();
@@ -139,7 +139,8 @@ void cuda_run_moe(cuda_run *r, const cuda_cmd *c) {
     const int n = (int)c->x->base.width;
     cuda_launch(r, norm_route_kernel, dim3((unsigned)rows.cap), dim3(ROW_THREADS), (size_t)(n + 15) / 16 * 64, rows,
                 (const float *)c->x->f32, n, (const float *)c->w->dense, c->eps, (const float *)c->w2->gained,
-                (const float *)c->w2->bias, (int)c->w2->base.n_row, c->k, c->y->f16, c->y->ld, c->z->id, c->z->expert_w);
+                (const float *)c->w2->bias, (int)c->w2->base.n_row, c->k, c->y->f16, c->y->ld, c->z->id,
+                c->z->expert_w);
 }
 
 /* [tile of 16 columns][row][16] = weight times gain */
@@ -153,8 +154,8 @@ static __global__ void gain_kernel(const float *w, const float *gain, int n_row,
 
 cudaError_t cuda_apply_gain(cuda_dev *d, cuda_weight *router, const cuda_weight *norm) {
     const int n = (int)router->base.n_col;
-    gain_kernel<<<(unsigned)((n + 15) / 16), 256, 0, d->stream>>>(router->dense, norm->dense, (int)router->base.n_row, n,
-                                                                   router->gained);
+    gain_kernel<<<(unsigned)((n + 15) / 16), 256, 0, d->stream>>>(router->dense, norm->dense, (int)router->base.n_row,
+                                                                  n, router->gained);
     router->gain_of = norm;
     return cudaGetLastError();
 }
@@ -246,8 +247,8 @@ void cuda_run_experts(cuda_run *r, const cuda_cmd *c) {
     const cuda_count rows = cuda_rows_of(r, c);
     const int n_expert = (int)c->w->base.n_mat, pairs = rows.cap * c->k, width = tile_width(pairs, n_expert);
     const int by_count = n_expert + pairs / width, n_block = pairs < by_count ? pairs : by_count;
-    cuda_launch(r, order_kernel, dim3(1), dim3(1024), 0, rows, (const int32_t *)c->z->id, c->k, n_expert, width, s->perm,
-                s->tile, s->count);
+    cuda_launch(r, order_kernel, dim3(1), dim3(1024), 0, rows, (const int32_t *)c->z->id, c->k, n_expert, width,
+                s->perm, s->tile, s->count);
     lin_args a = {};
     a.tile = s->tile;
     a.n_tiles = s->count;

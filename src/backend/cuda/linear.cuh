@@ -24,8 +24,8 @@ struct lin_args {
     int64_t bias_mat;
     const uint16_t *x; /* f16 rows */
     int64_t ldx;
-    cuda_count rows;   /* DENSE */
-    const int4 *tile;  /* experts: expert, first, count; perm[first ..] are the pairs */
+    cuda_count rows;  /* DENSE */
+    const int4 *tile; /* experts: expert, first, count; perm[first ..] are the pairs */
     const int32_t *n_tiles, *perm;
     int k; /* experts of a row */
     float *y;
@@ -310,8 +310,7 @@ template <class F, lin_mode MODE> static void lin_launch_form(cuda_run *r, const
 }
 
 /* width: columns per block (lin_width); n_block: blocks of columns. */
-template <lin_mode MODE>
-static void lin_launch(cuda_run *r, const cuda_matrix *m, lin_args a, int width, int n_block) {
+template <lin_mode MODE> static void lin_launch(cuda_run *r, const cuda_matrix *m, lin_args a, int width, int n_block) {
     a.w = m->data;
     a.mat_bytes = (int64_t)m->n_tile * m->n_unit * m->chunk_bytes;
     a.n_tile = m->n_tile;

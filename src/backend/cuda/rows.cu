@@ -55,8 +55,8 @@ static embed_table table_of(const cuda_weight *w) {
 }
 
 void cuda_run_embed(cuda_run *r, const cuda_cmd *c) {
-    cuda_launch(r, embed_kernel, dim3((unsigned)r->shape.rows), dim3(256), 0, table_of(c->w), table_of(c->w2), r->dev->arr,
-                c->y->f32, (int)c->y->base.width);
+    cuda_launch(r, embed_kernel, dim3((unsigned)r->shape.rows), dim3(256), 0, table_of(c->w), table_of(c->w2),
+                r->dev->arr, c->y->f32, (int)c->y->base.width);
 }
 
 /* ---- norm ---- */
@@ -115,8 +115,8 @@ static __global__ void to_f16_kernel(cuda_count rows, const float *x, int n, uin
 
 void cuda_run_to_f16(cuda_run *r, const cuda_cmd *c) {
     const cuda_count rows = cuda_rows_of(r, c);
-    cuda_launch(r, to_f16_kernel, dim3((unsigned)rows.cap), dim3(256), 0, rows, c->x->f32, (int)c->x->base.width, c->x->f16,
-                c->x->ld);
+    cuda_launch(r, to_f16_kernel, dim3((unsigned)rows.cap), dim3(256), 0, rows, c->x->f32, (int)c->x->base.width,
+                c->x->f16, c->x->ld);
 }
 
 /* ---- gather ---- */
@@ -160,7 +160,8 @@ void cuda_run_rope_table(cuda_run *r, const cuda_cmd *c) {
     r->freq = c->freq;
     r->rope_scale = c->attn.rope_scale;
     cuda_launch(r, rope_table_kernel, dim3((unsigned)r->shape.rows), dim3(64), 0, r->dev->arr,
-                (const float *)r->dev->freq[c->freq].dev, c->attn.head_dim / 2, c->attn.rope_scale, r->dev->scratch.rope);
+                (const float *)r->dev->freq[c->freq].dev, c->attn.head_dim / 2, c->attn.rope_scale,
+                r->dev->scratch.rope);
 }
 
 static __global__ void rope_kernel(cuda_arrays a, const float2 *cs, float *qkv, int width, int n_rot, int half) {
@@ -192,9 +193,7 @@ void cuda_run_rope(cuda_run *r, const cuda_cmd *c) {
 /* ---- KV write ---- */
 
 static __device__ __forceinline__ void kv_put(float *p, float v) { *p = v; }
-static __device__ __forceinline__ void kv_put(__half *p, float v) {
-    *p = __ushort_as_half(f16_bits(v));
-}
+static __device__ __forceinline__ void kv_put(__half *p, float v) { *p = __ushort_as_half(f16_bits(v)); }
 static __device__ __forceinline__ void kv_put(__nv_fp8_e4m3 *p, float v) { *p = __nv_fp8_e4m3(v); }
 
 /* K [64][dim] and V transposed [dim][64] of every kv head; dims past head_dim are zero. */

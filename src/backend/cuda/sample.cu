@@ -1,9 +1,9 @@
 /* backend/cuda/sample.cu: from logits to ids on the device.
  *
- * Greedy: parts of the vocabulary find their best, one block takes the best of them. Otherwise that block draws: weights
- * exp((x - max) / T) are integers of 2^-40, so that sums have no order; top-k and top-p look for the last value kept in
- * the order (larger value, lower id), first its bucket of a histogram, then itself among the bucket's members. The draw
- * is Philox(seed, draw) against the kept weights in order of id. */
+ * Greedy: parts of the vocabulary find their best, one block takes the best of them. Otherwise that block draws:
+ * weights exp((x - max) / T) are integers of 2^-40, so that sums have no order; top-k and top-p look for the last value
+ * kept in the order (larger value, lower id), first its bucket of a histogram, then itself among the bucket's members.
+ * The draw is Philox(seed, draw) against the kept weights in order of id. */
 #include "backend/cuda/cuda.h"
 #include "quant/fragment.cuh"
 
@@ -255,7 +255,8 @@ void cuda_run_sample(cuda_run *r, const cuda_cmd *c) {
     const int n = (int)c->x->base.width;
     const unsigned rows = (unsigned)r->shape.outs;
     uint64_t *best = r->dev->scratch.best;
-    cuda_launch(r, best_kernel, dim3(CUDA_SAMPLE_PARTS, rows), dim3(256), 0, r->dev->arr, (const float *)c->x->f32, n, best);
-    cuda_launch(r, draw_kernel, dim3(rows), dim3(DRAW_THREADS), sizeof(draw_state), r->dev->arr, (const float *)c->x->f32,
-                n, (const uint64_t *)best);
+    cuda_launch(r, best_kernel, dim3(CUDA_SAMPLE_PARTS, rows), dim3(256), 0, r->dev->arr, (const float *)c->x->f32, n,
+                best);
+    cuda_launch(r, draw_kernel, dim3(rows), dim3(DRAW_THREADS), sizeof(draw_state), r->dev->arr,
+                (const float *)c->x->f32, n, (const uint64_t *)best);
 }

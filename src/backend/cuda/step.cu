@@ -15,7 +15,8 @@ orcd_status cuda_step_begin(be_device *base, be_kv *kv, const be_batch *b, be_st
     if (d->sticky != cudaSuccess)
         return orcd_fail(err, ORCD_ERR_DEVICE, "cuda:%d failed earlier (%s) and cannot be used by this process again",
                          d->ordinal, cudaGetErrorString(d->sticky));
-    if (d->in_step || b->n_tok < 1 || b->n_out < 0 || (kv && (b->n_tok > kv->spec.max_tok || b->n_out > kv->spec.max_out)))
+    if (d->in_step || b->n_tok < 1 || b->n_out < 0 ||
+        (kv && (b->n_tok > kv->spec.max_tok || b->n_out > kv->spec.max_out)))
         return orcd_fail(err, ORCD_ERR_ARG, "a step of %d tokens and %d outputs inside another or past its limits",
                          b->n_tok, b->n_out);
     CUDA_TRY(d, "choosing the device", cudaSetDevice(d->ordinal));
@@ -97,7 +98,8 @@ static void want_f16(be_step *s, const be_act *x) {
     if (a->has_f16)
         return;
     if (!a->f16) {
-        orcd_fail(&((cuda_step *)s)->error, ORCD_ERR_UNSUPPORTED, "a product of rows of %lld values", (long long)x->width);
+        orcd_fail(&((cuda_step *)s)->error, ORCD_ERR_UNSUPPORTED, "a product of rows of %lld values",
+                  (long long)x->width);
         return;
     }
     rows_like(record(s, CUDA_OP_TO_F16), s, x, NULL);
@@ -294,8 +296,8 @@ static __global__ void begin_kernel(const int32_t *up, cuda_arrays a, int32_t *t
 void cuda_run_begin(cuda_run *r) {
     bool pdl = r->pdl;
     r->pdl = false; /* reads what a copy brought */
-    cuda_launch(r, begin_kernel, dim3(r->shape.rows > 256 ? 16 : 2), dim3(256), 0, (const int32_t *)r->dev->upload, r->dev->arr,
-                r->kv ? r->kv->table[0] : (int32_t *)NULL, r->kv ? r->kv->table[1] : (int32_t *)NULL);
+    cuda_launch(r, begin_kernel, dim3(r->shape.rows > 256 ? 16 : 2), dim3(256), 0, (const int32_t *)r->dev->upload,
+                r->dev->arr, r->kv ? r->kv->table[0] : (int32_t *)NULL, r->kv ? r->kv->table[1] : (int32_t *)NULL);
     r->pdl = pdl;
 }
 
@@ -394,8 +396,8 @@ static orcd_status upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, orcd_err
         kv->n_map = 0;
     }
     at += 3 * n_map;
-    *shape = {tok > GRAPH_MAX_ROWS ? tok : bucket(tok), tok > GRAPH_MAX_ROWS ? b->n_out : bucket(b->n_out), h->n_one ? reach : 1,
-              bucket(h->n_one), bucket(h->n_tile)};
+    *shape = {tok > GRAPH_MAX_ROWS ? tok : bucket(tok), tok > GRAPH_MAX_ROWS ? b->n_out : bucket(b->n_out),
+              h->n_one ? reach : 1, bucket(h->n_one), bucket(h->n_tile)};
     cuda_staging *st = &d->staging[d->next_staging];
     d->next_staging = (d->next_staging + 1) % CUDA_N_STAGING;
     CUDA_TRY(d, "uploading the batch",
@@ -423,7 +425,7 @@ static orcd_status run_tap(cuda_dev *d, const cuda_cmd *c, orcd_error *err) {
 
 static void (*const launcher[])(cuda_run *, const cuda_cmd *) = {
     cuda_run_embed, cuda_run_norm,    cuda_run_linear, cuda_run_rope,   cuda_run_kv_write, cuda_run_attention,
-    cuda_run_route, cuda_run_experts, cuda_run_moe,    cuda_run_gather, cuda_run_sample, cuda_run_to_f16,
+    cuda_run_route, cuda_run_experts, cuda_run_moe,    cuda_run_gather, cuda_run_sample,   cuda_run_to_f16,
 };
 
 static orcd_status run_commands(cuda_dev *d, cuda_step *s, cuda_run *r, orcd_error *err) {

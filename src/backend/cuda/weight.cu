@@ -132,12 +132,12 @@ uint64_t cuda_load_bytes(be_device *d, const be_load *l) {
 /* ---- packing on the device ---- */
 
 struct pack_job { /* canonical rows [first, first + n) of one part of one matrix, as they lie in the staging buffer */
-    uint8_t *chunks;  /* of this matrix (mat) */
+    uint8_t *chunks; /* of this matrix (mat) */
     const uint8_t *src;
     int64_t n_col, row_bytes;
-    int first, n;     /* rows in the part */
-    int part_row0;    /* first row of the part in the matrix */
-    int n_row;        /* of the matrix; GLU: of one part */
+    int first, n;  /* rows in the part */
+    int part_row0; /* first row of the part in the matrix */
+    int n_row;     /* of the matrix; GLU: of one part */
     int n_unit, chunk_bytes;
     cuda_rowmap map;
     int part; /* GLU: 0 gate, 1 up */
@@ -254,8 +254,8 @@ static orcd_status stream_rows(cuda_dev *d, const mf_tensor *t, bool to_float, p
     const size_t canonical = mf_row_bytes(t), bytes = to_float ? (size_t)t->n_col * 4 : canonical;
     const uint64_t per = LOAD_CHUNK / (to_float ? bytes + canonical : bytes);
     if (per == 0)
-        return orcd_fail(err, ORCD_ERR_LIMIT, "\"%s\" has rows of %zu bytes; at most %zu fit the upload buffer", t->name,
-                         bytes, LOAD_CHUNK / 2);
+        return orcd_fail(err, ORCD_ERR_LIMIT, "\"%s\" has rows of %zu bytes; at most %zu fit the upload buffer",
+                         t->name, bytes, LOAD_CHUNK / 2);
     int slot = 0;
     double t0 = now();
     for (uint64_t mat = 0; mat < t->n_mat; mat++)
@@ -457,8 +457,9 @@ orcd_status cuda_load(be_device *base, const be_load *l, be_weight **out, orcd_e
     if (wants_dense(l))
         ORCD_TRY_GOTO(st, done, load_dense(d, l, &w->dense, err));
     if (w->dense && l->use == BE_USE_LINEAR)
-        ORCD_TRY_GOTO(st, done, cuda_alloc(d, &w->gained, (size_t)(w->base.n_col + 15) / 16 * 64 * (size_t)w->base.n_row,
-                                           "a router", err));
+        ORCD_TRY_GOTO(
+            st, done,
+            cuda_alloc(d, &w->gained, (size_t)(w->base.n_col + 15) / 16 * 64 * (size_t)w->base.n_row, "a router", err));
     if (l->use != BE_USE_EMBED && l->use != BE_USE_VECTOR)
         ORCD_TRY_GOTO(st, done, load_matrices(d, l, w, err));
     if (any_bias(l))

@@ -3,8 +3,8 @@
  *     [plane][column block 0, 1][row g, row g+8][lane][its eight columns] f16
  *
  * BF16 is multiplied by a power of two of the whole tensor, 2^8 unless its largest weight needs less: then weights from
- * 2^-25 to 255 are exact and smaller ones are rounded at 2^-33, below the noise of f32 sums. F16 has the power 1. F32 is
- * the sum of two planes, 22 bits. The sums are multiplied by the inverse. */
+ * 2^-25 to 255 are exact and smaller ones are rounded at 2^-33, below the noise of f32 sums. F16 has the power 1. F32
+ * is the sum of two planes, 22 bits. The sums are multiplied by the inverse. */
 #ifndef ORCD_QUANT_CUDA_F16_CUH
 #define ORCD_QUANT_CUDA_F16_CUH
 
