@@ -105,7 +105,7 @@ fuzz:
 fuzz-programs: $(patsubst fuzz/%.c,$B/%,$(wildcard fuzz/fuzz_*.c))
 
 $B/fuzz_%: $B/fuzz/fuzz_%.o $B/liborcd.a
-	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
+	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
 
 lint:
 	$(Q)tools/lint

@@ -1,5 +1,6 @@
 /* Any ids give one stop, last, and deltas of whole characters; a replay of a finished call parses as the same call.
- * Each input byte below 32 is a control token (or an id outside the vocabulary), the others are text. */
+ * Each input byte below 31 is a control token (or an id outside the vocabulary), 31 a line break, the others are
+ * themselves. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -30,9 +31,9 @@ static void note(void *ctx, const harmony_event *e) {
     r->why = e->stop;
 }
 
-static record run(const harmony *h, const ids *v, ids *replay) {
+static record run(const harmony *h, const ids *v, bool force, ids *replay) {
     chat_tool tool = {.name = chat_str_of("get_it")};
-    harmony_parse_options o = {.tool = &tool, .n_tool = 1, .python = true, .force_final = v->n % 2};
+    harmony_parse_options o = {.tool = &tool, .n_tool = 1, .python = true, .force_final = force};
     record r = {0};
     harmony_parser *p;
     if (harmony_parser_open(h, &o, note, &r, &p) != ORCD_OK)
@@ -58,15 +59,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
             abort();
     }
     for (size_t i = 0; i < size; i++) {
-        char c = (char)data[i];
-        if (data[i] < 32 && data[i] != '\n')
+        char c = data[i] == 31 ? '\n' : (char)data[i];
+        if (data[i] < 31)
             ids_push(&v, tok_n_vocab(t) - 12 + data[i]);
         else if (tok_encode(t, &c, 1, false, &v) != ORCD_OK)
             abort();
     }
-    record first = run(h, &v, &replay);
+    record first = run(h, &v, size % 2, &replay);
     if (replay.n) {
-        record again = run(h, &replay, NULL);
+        record again = run(h, &replay, size % 2, NULL);
         if (again.why != HARMONY_STOP_CALL)
             abort();
         buf_free(&again.text);
