@@ -189,11 +189,14 @@ static bool tell(eng *e, seq *s, eng_token *t, bool sampled, eng_stop *why) {
         eng_verdict v = {ENG_GO, NULL, 0};
         if (s->r.on_token)
             v = s->r.on_token(s->r.ctx, t);
-        if (v.action == ENG_FORCE)
+        bool replace = v.action == ENG_REPLACE && sampled && v.n > 0;
+        if (replace)
+            s->n_told = --s->n_tok;
+        if (v.action == ENG_FORCE || v.action == ENG_REPLACE)
             for (int i = 0; i < v.n && s->n_tok < s->n_limit; i++)
                 if (v.id[i] >= 0 && v.id[i] < e->cfg.n_vocab)
                     s->token[s->n_tok++] = v.id[i];
-        if (sampled && is_stop(s, t->id) && v.action != ENG_FORCE) {
+        if (sampled && is_stop(s, t->id) && v.action != ENG_FORCE && !replace) {
             *why = ENG_STOP_EOS;
             return false;
         }
