@@ -293,6 +293,12 @@ static void on_done(void *ctx, const gen_done *d) {
     c->done = *d;
     c->result = *d->result;
     c->done.result = &c->result;
+    if (d->turn && c->n_call) {
+        const job_call *k = &c->call[c->n_call - 1];
+        replay_put(j->s->replay, http_key_hash(j->x), k->id, k->name.data ? k->name.data : "",
+                   k->arguments.data ? k->arguments.data : "", d->turn, d->n_turn);
+    }
+    c->done.turn = NULL;
     pthread_mutex_lock(&j->lock); /* until job_start is through */
     c->gen = NULL;
     pthread_mutex_unlock(&j->lock);

@@ -7,6 +7,7 @@
 
 #include "serve/gen.h"
 #include "serve/metrics.h"
+#include "serve/replay.h"
 #include "serve/server.h"
 
 typedef struct job job;
@@ -136,6 +137,8 @@ struct server {
     eng *engine;
     const eng_info *info;
     const tok *tok;
+    harmony *harmony; /* NULL: the model has no chat format */
+    replay *replay;
     http *http;
     metrics metrics;
     double t0;
@@ -154,7 +157,7 @@ struct server {
 
 /* ---- routes: dialects and small answers ---- */
 
-extern const dialect api_execute, api_completions, api_tokenize, api_detokenize;
+extern const dialect api_execute, api_completions, api_chat, api_tokenize, api_detokenize;
 void api_health(http_exchange *x, void *server);
 void api_metrics(http_exchange *x, void *server);
 void api_models(http_exchange *x, void *server);

@@ -8,6 +8,7 @@
 
 #include "serve/job.h"
 
+#define REPLAY_BYTES ((size_t)64 << 20)
 #define TICK_MS 100
 #define PING_S 5   /* a stream that was silent this long gets a comment */
 #define CUT_S 2    /* after the drain time: for jobs to notice that they were cancelled */
@@ -24,6 +25,7 @@ static double now(void) {
 static void execute(http_exchange *x, void *s) { job_accept(x, s, &api_execute); }
 static void tokenize(http_exchange *x, void *s) { job_accept(x, s, &api_tokenize); }
 static void detokenize(http_exchange *x, void *s) { job_accept(x, s, &api_detokenize); }
+static void chat_completions(http_exchange *x, void *s) { job_accept(x, s, &api_chat); }
 static void completions(http_exchange *x, void *s) { job_accept(x, s, &api_completions); }
 
 static const http_route serve_routes[] = {
@@ -31,6 +33,7 @@ static const http_route serve_routes[] = {
     {"GET", "/metrics", api_metrics, false},
     {"GET", "/v1/models", api_models, false},
     {"POST", "/v1/completions", completions, false},
+    {"POST", "/v1/chat/completions", chat_completions, false},
     {"POST", "/tokenize", tokenize, false},
     {"POST", "/detokenize", detokenize, false},
     {0},
@@ -88,6 +91,9 @@ orcd_status server_open(const server_params *p, server **out, orcd_error *err) {
     s->created = (int64_t)time(NULL);
     pthread_mutex_init(&s->lock, NULL);
     pthread_cond_init(&s->wake, NULL);
+    ORCD_TRY_GOTO(st, done, replay_open(REPLAY_BYTES, &s->replay, err));
+    if (s->info->has_harmony)
+        ORCD_TRY_GOTO(st, done, harmony_open(s->tok, &s->harmony, err));
     for (; s->n_desk < (int)ORCD_COUNT(s->desk); s->n_desk++)
         if (pthread_create(&s->desk[s->n_desk], NULL, job_desk, s) != 0) {
             st = orcd_fail(err, ORCD_ERR_NOMEM, "a thread could not be started");
@@ -122,6 +128,8 @@ void server_close(server *s) {
     for (int i = 0; i < s->n_desk; i++)
         pthread_join(s->desk[i], NULL);
     http_close(s->http);
+    harmony_close(s->harmony);
+    replay_close(s->replay);
     pthread_cond_destroy(&s->wake);
     pthread_mutex_destroy(&s->lock);
     free(s);
