@@ -11,27 +11,28 @@
 
 /* ---- what the file is ---- */
 
-/* The stored type that takes the most bytes. */
+/* The stored type that most weights have. */
 static const char *dominant_type(const mf_file *f) {
     const gguf *g = mf_gguf(f);
     const st_model *m = mf_st(f);
-    uint64_t sum[256] = {0}, best = 0, n = g ? gguf_n_tensors(g) : st_n_tensors(m);
+    uint64_t sum[256] = {0}, best = 0, count, n = g ? gguf_n_tensors(g) : st_n_tensors(m);
     const char *name[256] = {0}, *answer = "none";
     for (uint64_t i = 0; i < n; i++) {
         uint8_t k;
-        uint64_t bytes;
         const char *type;
         if (g) {
             const gguf_tensor *t = gguf_tensor_at(g, i);
             const q_traits *q = q_find(t->type);
-            k = (uint8_t)t->type, bytes = t->bytes, type = q ? q->name : "?";
+            k = (uint8_t)t->type, type = q ? q->name : "?";
+            count = q ? t->bytes / q->block_bytes * q->block_len : 0;
         } else {
             const st_tensor *t = st_tensor_at(m, i);
-            k = (uint8_t)t->type, bytes = t->bytes;
-            type = strstr(t->name, "_blocks") || strstr(t->name, ".blocks") ? "MXFP4" : st_type_name(t->type);
+            bool packed = strstr(t->name, "_blocks") || strstr(t->name, ".blocks"); /* two values a byte */
+            k = (uint8_t)t->type, type = packed ? "MXFP4" : st_type_name(t->type);
+            count = t->bytes * 2 / (packed ? 1 : t->type == ST_F32 ? 8 : 4);
         }
         name[k] = type;
-        sum[k] += bytes;
+        sum[k] += count;
         if (sum[k] > best) {
             best = sum[k];
             answer = name[k];
