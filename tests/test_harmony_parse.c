@@ -291,6 +291,17 @@ static void m6_channel_junk(void **state) {
     check(state, &none, "<|channel|>We need to answer<|message|>x" NEXT FINAL "y<|return|>", "R(x).C(y).!end");
 }
 
+static void more_header_parts_than_are_kept(void **state) {
+    const char many[] = "<|channel|>a<|constrain|>b<|channel|>c<|constrain|>d<|channel|>e<|constrain|>f<|channel|>g"
+                        "<|constrain|>h<|channel|>i<|constrain|>j";
+    char text[400];
+    snprintf(text, sizeof text, "%s<|channel|>analysis<|message|>x" NEXT FINAL "y<|return|>", many);
+    check_cut(state, &none, text, "R(x).C(y).!end");
+    snprintf(text, sizeof text, "%s<|channel|>commentary to=functions.get_it<|constrain|>json<|message|>{}<|call|>",
+             many);
+    check_cut(state, &one, text, "T(get_it)A({}).!call");
+}
+
 static void m7_text_after_end(void **state) {
     check_cut(state, &none, ANALYSIS "a<|end|>assistantfinal<|message|>b<|return|>", "R(a).C(b).!end");
     check_cut(state, &none, ANALYSIS "a<|end|>assistant<|channel|>final<|message|>b<|return|>", "R(a).C(b).!end");
@@ -634,6 +645,7 @@ int main(void) {
         cmocka_unit_test(m3_m4_glued_names),
         cmocka_unit_test(m5_content_types),
         cmocka_unit_test(m6_channel_junk),
+        cmocka_unit_test(more_header_parts_than_are_kept),
         cmocka_unit_test(m7_text_after_end),
         cmocka_unit_test(m8_role_says_channel_or_tool),
         cmocka_unit_test(m9_other_speakers_are_cut_off),

@@ -27,7 +27,7 @@ typedef struct header {
 
 void header_clear(header *h);
 void header_free(header *h);
-void header_begin(header *h, header_part part); /* a new segment; of too many the oldest after the role is forgotten */
+void header_begin(header *h, header_part part); /* a new segment; of too many the oldest joins the role */
 void header_add(header *h, const char *bytes, size_t n);
 
 typedef struct header_tools { /* names that calls may have */
