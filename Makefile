@@ -92,7 +92,7 @@ $B/tests/%: $B/tests/%.o $B/liborcd.a
 .SECONDARY: $(TESTS:%.c=$B/%.o) $(patsubst %.c,$B/%.o,$(wildcard fuzz/*.c))
 
 run: all
-	./orcd run
+	./orcd run --temp 0.7 --seed 4
 
 test: all $(TESTBIN)
 	$(Q)tests/run $B
