@@ -55,7 +55,7 @@ endif
 TESTS := $(sort $(wildcard tests/test_*.c))
 TESTBIN := $(TESTS:tests/%.c=$B/tests/%)
 
-.PHONY: all run test fuzz fuzz-programs lint format deps clean install test-cuda
+.PHONY: all run bench test fuzz fuzz-programs lint format deps clean install test-cuda
 
 all: deps $B/orcd $B/liborcd.a
 	$(Q)ln -sf $B/orcd orcd
@@ -89,10 +89,15 @@ $B/tests/%: $B/tests/%.o $B/liborcd.a
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
 
-.SECONDARY: $(TESTS:%.c=$B/%.o) $(patsubst %.c,$B/%.o,$(wildcard fuzz/*.c))
+$B/bench/%: $B/bench/%.o $B/liborcd.a
+	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
+
+bench: $(patsubst %.c,$B/%,$(wildcard bench/*.c))
+
+.SECONDARY: $(patsubst %.c,$B/%.o,$(wildcard bench/*.c)) $(TESTS:%.c=$B/%.o) $(patsubst %.c,$B/%.o,$(wildcard fuzz/*.c))
 
 run: all
-	./orcd run --temp 0.7 --seed 4
+	./orcd run
 
 test: all $(TESTBIN)
 	$(Q)tests/run $B
@@ -105,7 +110,7 @@ fuzz:
 fuzz-programs: $(patsubst fuzz/%.c,$B/%,$(wildcard fuzz/fuzz_*.c))
 
 $B/fuzz_%: $B/fuzz/fuzz_%.o $B/liborcd.a
-	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
+	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
 
 lint:
 	$(Q)tools/lint

@@ -29,6 +29,14 @@ static inline __m512 join_planes(const __m512i *a) {
     return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(a[0], 8), a[1]));
 }
 
+/* Where few rows leave much to compute a byte, the hardware fetches too little in advance. Reading past the end of a
+ * panel is what the next one needs. (Not `static inline`: gcc 12 takes such a function for one without effect.) */
+#define PREFETCH(p, ahead, T)                                                                                          \
+    do {                                                                                                               \
+        if ((T) <= 4)                                                                                                  \
+            __builtin_prefetch((p) + (ahead));                                                                         \
+    } while (0)
+
 static inline __m512 half16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 
 /* Call TILE_FN with T = 8 as long as possible, then 4, 2, 1. */
@@ -198,6 +206,7 @@ TILE mx4_tile(const uint8_t *panel, int64_t n64, const void *const *x, const int
         UNROLL for (int t = 0; t < T; t++) begin_planes(a[t], cpu_q_c64(x[t], n64)[b]);
         UNROLL for (int j = 0; j < 8; j++) {
             __m512i v = _mm512_loadu_si512(p + j * 64), s = mx4_shift(h, j / 4);
+            PREFETCH(p + j * 64, 2048, T);
             __m512i lo = _mm512_permutexvar_epi8(mx4_index(v, s), table);
             __m512i hi = _mm512_permutexvar_epi8(mx4_index(_mm512_srli_epi16(v, 4), s), table);
             UNROLL for (int t = 0; t < T; t++) {
@@ -287,6 +296,7 @@ TILE q4k_tile(const uint8_t *panel, int64_t n64, const void *const *x, const int
         UNROLL for (int t = 0; t < T; t++) begin_planes(a[t], 0);
         UNROLL for (int j = 0; j < 4; j++) {
             __m512i v = _mm512_loadu_si512(p + j * 64);
+            PREFETCH(p + j * 64, 4096, T);
             __m512i lo = _mm512_and_si512(v, low4), hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), low4);
             UNROLL for (int t = 0; t < T; t++) {
                 dp_planes(a[t], lo, x[t], n64, b * 32 + j * 8);
@@ -324,6 +334,7 @@ TILE q6k_tile(const uint8_t *panel, int64_t n64, const void *const *x, const int
         UNROLL for (int t = 0; t < T; t++) begin_planes(a[t], cpu_q_c16(x[t], n64)[b]);
         UNROLL for (int j = 0; j < 2; j++) {
             __m512i v = _mm512_loadu_si512(p + j * 64);
+            PREFETCH(p + j * 64, 4096, T);
             __m512i s0 = j ? high : _mm512_slli_epi16(high, 4),
                     s1 = j ? _mm512_srli_epi16(high, 2) : _mm512_slli_epi16(high, 2);
             __m512i lo = _mm512_or_si512(_mm512_and_si512(v, low4), _mm512_and_si512(s0, bits));
@@ -345,6 +356,81 @@ static void dot_q6k(const uint8_t *panel, int64_t n_col, const void *const *x, i
 #define CALL(T) q6k_tile(panel, n64, x + at_, T, y + at_ * 16)
     FOR_TILES(n, CALL)
 #undef CALL
+}
+
+/* ---- activations ---- */
+
+static void quantise(const float *x, int64_t n, uint8_t *row) {
+    int64_t n64 = cpu_n64(n);
+    int32_t *c64 = (int32_t *)(row + n64 * 132), *c32 = (int32_t *)(row + n64 * 136),
+            *c16 = (int32_t *)(row + n64 * 144);
+    const __m512i low_byte = _mm512_set1_epi32(255), edge = _mm512_set1_epi32(128), one = _mm512_set1_epi32(1);
+    for (int64_t b = 0; b < n64; b++) {
+        int64_t left = n - b * 64;
+        __m512 v[4], m = _mm512_setzero_ps();
+        UNROLL for (int i = 0; i < 4; i++) {
+            int64_t k = left - i * 16;
+            v[i] = _mm512_maskz_loadu_ps(k >= 16 ? 0xffff
+                                         : k > 0 ? (__mmask16)((1u << k) - 1)
+                                                 : 0,
+                                         x + b * 64 + i * 16);
+            m = _mm512_max_ps(m, _mm512_abs_ps(v[i]));
+        }
+        float top = _mm512_reduce_max_ps(m), inv = 32512 / top;
+        if (!(top > 1e-30f) || !(top < 1e30f)) /* nothing worth keeping, or not a number */
+            top = inv = 0;
+        int32_t sum[4];
+        UNROLL for (int i = 0; i < 4; i++) {
+            __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], _mm512_set1_ps(inv)));
+            q = _mm512_mask_add_epi32(q, _mm512_cmpeq_epi32_mask(_mm512_and_si512(q, low_byte), edge), q, one);
+            __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, edge), 8);
+            _mm_storeu_si128((__m128i *)(row + b * 64 + i * 16), _mm512_cvtepi32_epi8(high));
+            _mm_storeu_si128((__m128i *)(row + (n64 + b) * 64 + i * 16), _mm512_cvtepi32_epi8(q));
+            sum[i] = _mm512_reduce_add_epi32(q);
+            c16[b * 4 + i] = -32 * sum[i];
+        }
+        ((float *)(row + n64 * 128))[b] = top / 32512;
+        c32[b * 2] = -128 * (sum[0] + sum[1]);
+        c32[b * 2 + 1] = -128 * (sum[2] + sum[3]);
+        c64[b] = c32[b * 2] + c32[b * 2 + 1];
+    }
+}
+
+/* gen_exp, but exactly 0 for -infinity */
+static inline __m512 exp16(__m512 x) {
+    __mmask16 visible = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-INFINITY), _CMP_NEQ_OQ);
+    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    f = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), f);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, f), f, f), _mm512_set1_ps(1.0f));
+    return _mm512_maskz_scalef_ps(visible, p, n);
+}
+
+/* gen_softmax in registers */
+static inline float softmax(cpu_attn_tile *t, int i, float *s) {
+    const uint64_t bits = (~0ull >> (63 - t->last[i])) & (~0ull << t->first[i]);
+    const __m512 none = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(t->scale);
+    __m512 v[4], sum = _mm512_setzero_ps();
+    UNROLL for (int j = 0; j < 4; j++) v[j] =
+        _mm512_mask_mul_ps(none, (__mmask16)(bits >> (j * 16)), _mm512_loadu_ps(s + j * 16), scale);
+    float best = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(v[0], v[1]), _mm512_max_ps(v[2], v[3])));
+    float top = best > t->max[i] ? best : t->max[i];
+    UNROLL for (int j = 0; j < 4; j++) {
+        v[j] = exp16(_mm512_sub_ps(v[j], _mm512_set1_ps(top)));
+        _mm512_storeu_ps(s + j * 16, v[j]);
+        sum = _mm512_add_ps(sum, v[j]);
+    }
+    float keep = _mm512_cvtss_f32(exp16(_mm512_set1_ps(t->max[i] - top)));
+    t->max[i] = top;
+    t->sum[i] = t->sum[i] * keep + _mm512_reduce_add_ps(sum);
+    return keep;
 }
 
 /* ---- attention: scores and values of R query rows in 2 R registers ---- */
@@ -385,7 +471,7 @@ TILE attn_tile(cpu_attn_tile *t, const void *k, const void *v, const int at, con
             keep[r] = 1;
             memset(s[r], 0, sizeof s[r]);
         } else {
-            keep[r] = gen_softmax(t, at + r, s[r]);
+            keep[r] = softmax(t, at + r, s[r]);
         }
     }
     for (int d = 0; d < hd; d += 32) {
@@ -437,7 +523,7 @@ const cpu_kernels cpu_kernels_avx512 = {
             [CPU_MX4] = dot_mx4,
             [CPU_Q4K] = dot_q4k,
             [CPU_Q6K] = dot_q6k},
-    .quantise = gen_quantise,
+    .quantise = quantise,
     .rms_norm = gen_rms_norm,
     .layer_norm = gen_layer_norm,
     .glu = gen_glu,
