@@ -90,6 +90,7 @@ $B/tests/%: $B/tests/%.o $B/liborcd.a
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
 
 $B/bench/%: $B/bench/%.o $B/liborcd.a
+	@mkdir -p $(@D)
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
 
 bench: $(patsubst %.c,$B/%,$(wildcard bench/*.c))
@@ -97,7 +98,7 @@ bench: $(patsubst %.c,$B/%,$(wildcard bench/*.c))
 .SECONDARY: $(patsubst %.c,$B/%.o,$(wildcard bench/*.c)) $(TESTS:%.c=$B/%.o) $(patsubst %.c,$B/%.o,$(wildcard fuzz/*.c))
 
 run: all
-	./orcd run
+	./orcd run --temp 0.7 --seed 4
 
 test: all $(TESTBIN)
 	$(Q)tests/run $B
@@ -110,7 +111,7 @@ fuzz:
 fuzz-programs: $(patsubst fuzz/%.c,$B/%,$(wildcard fuzz/fuzz_*.c))
 
 $B/fuzz_%: $B/fuzz/fuzz_%.o $B/liborcd.a
-	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
+	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
 
 lint:
 	$(Q)tools/lint

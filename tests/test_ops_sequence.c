@@ -675,6 +675,40 @@ static void moe_of_2880_with_32_experts(void **state) {
     }
 }
 
+/* A broken row chooses some experts or other, all of them real, and its neighbours do not notice. */
+static void moe_of_a_row_of_nan_leaves_its_neighbours_alone(void **state) {
+    (void)state;
+    enum { N = 9, WIDTH = 96, BAD = 4 };
+    uint64_t seed = 63;
+    op_memory m = {.n = 0};
+    moe_case c = {.n_tok = N, .top_k = 4, .router.use = BE_USE_LINEAR};
+    c.gate_up.use = BE_USE_GATE_UP;
+    c.down.use = BE_USE_DOWN;
+    c.norm = op_vector(&m, &seed, Q_F32, WIDTH, 1, 0);
+    op_add_part(&c.router, &m, &seed, Q_F32, 1, 8, WIDTH, true);
+    op_add_part(&c.gate_up, &m, &seed, Q_MXFP4, 8, 32, WIDTH, true);
+    op_add_part(&c.gate_up, &m, &seed, Q_MXFP4, 8, 32, WIDTH, true);
+    op_add_part(&c.down, &m, &seed, Q_MXFP4, 8, WIDTH, 32, true);
+    float x[N * WIDTH], broken[N * WIDTH];
+    t_fill_normal(&seed, x, N * WIDTH);
+    memcpy(broken, x, sizeof x);
+    broken[BAD * WIDTH + 7] = NAN;
+    for (int k = 0; k < n_tested; k++) {
+        int64_t n_row, width;
+        op_bench a = op_open(tested[k].dev), b = op_open(tested[k].dev);
+        c.x = x;
+        const float *want = run_moe(&a, &c, &n_row, &width);
+        c.x = broken;
+        const float *got = run_moe(&b, &c, &n_row, &width);
+        for (int t = 0; t < N; t++)
+            if (t != BAD)
+                op_same_bits("moe beside NaN", got + t * WIDTH, want + t * WIDTH, WIDTH);
+        op_close(&a);
+        op_close(&b);
+    }
+    op_free_memory(&m);
+}
+
 /* ---- taps and sampling ---- */
 
 enum { TAP_ROWS = 5, TAP_WIDTH = 64 };
@@ -827,6 +861,7 @@ static int run(void) {
         cmocka_unit_test_teardown(model_bits_do_not_depend_on_threads_or_repacking, print_worst),
         cmocka_unit_test_teardown(fused_operations_equal_their_composition, print_worst),
         cmocka_unit_test_teardown(moe_of_2880_with_32_experts, print_worst),
+        cmocka_unit_test_teardown(moe_of_a_row_of_nan_leaves_its_neighbours_alone, print_worst),
         cmocka_unit_test_teardown(tap_shows_the_rows_of_its_moment, print_worst),
         cmocka_unit_test_teardown(sampling_on_the_device_draws_what_the_host_draws, print_worst),
     };

@@ -26,7 +26,7 @@ static inline void t_spell(int byte, char out[3]) {
 static const char *const t_tiny_merges[] = {"t h",  "th e", "\xc4\xa0 the", "i n",
                                             "in g", "a n",  "an d",         "\xc4\xa0 and"};
 
-/* tokenizer.json as data: 256 byte tokens, 8 merges, then harmony's control tokens. */
+/* tokenizer.json as data: 256 byte tokens, 8 merges, one word, then harmony's control tokens. */
 static inline json_t *t_tiny_json(void) {
     static const char *const special[] = {"<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>",
                                           "<|channel|>",     "<|start|>",     "<|end|>",    "<|message|>",
@@ -45,6 +45,7 @@ static inline json_t *t_tiny_json(void) {
         json_object_set_new(vocab, whole, json_integer(id++));
         json_array_append_new(merges, json_string(m));
     }
+    json_object_set_new(vocab, "assistant", json_integer(id++)); /* a whole word without merges */
     for (size_t i = 0; i < ORCD_COUNT(special); i++)
         json_array_append_new(added, json_pack("{s:I,s:s,s:b}", "id", id++, "content", special[i], "special", 1));
     return json_pack("{s:n,s:o,s:{s:s,s:[{s:s,s:{s:s},s:s,s:b},{s:s,s:b,s:b}]},s:{s:s,s:b,s:o,s:o}}", "normalizer",

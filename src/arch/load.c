@@ -187,6 +187,8 @@ static orcd_status measure_one(void *ctx, walk *w, const arch_slot *s, const be_
         const mf_tensor *t = &l->part[i];
         uint64_t n = t->n_mat * t->n_row * (t->n_col + (l->has_bias[i] ? 1 : 0));
         size->n_param += n;
+        if (l->use == BE_USE_EMBED)
+            n = t->n_col; /* one row is read */
         size->n_param_active += t->n_mat > 1 ? n / t->n_mat * (uint64_t)w->c->n_expert_used : n;
     }
     size->weight_bytes += stored_bytes(l);

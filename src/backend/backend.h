@@ -209,9 +209,11 @@ struct be_ops {
     void (*moe)(be_step *s, const be_norm *n, const be_weight *router, int top_k, const be_weight *gate_up,
                 const be_weight *down, const be_glu *g, be_act *tmp, be_act *route, be_act *x);
 
-    /* optional device sampling: one id per output row, without a host round trip */
+    /* optional device sampling: one id per output row, without a host round trip; -1 where a logit is not a number.
+     * `sampled` waits for the oldest step with `sample` that it has not answered for; at most two are open, so that
+     * the next step can be submitted first. */
     void (*sample)(be_step *s, const be_act *logits, const be_sample *row /* [n_out] */);
-    orcd_status (*sampled)(be_device *d, int32_t *id /* [n_out of the last step] */, orcd_error *err); /* waits */
+    orcd_status (*sampled)(be_device *d, int32_t *id /* [n_out of that step] */, orcd_error *err);
 };
 
 /* The backends of this build: list.def. NULL when the name is none of them. */

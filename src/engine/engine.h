@@ -84,10 +84,12 @@ typedef struct eng_token {
     const eng_logprob *top; /* [n_top], best first */
 } eng_token;
 
-typedef enum eng_action { ENG_GO, ENG_END, ENG_FORCE } eng_action;
+typedef enum eng_action { ENG_GO, ENG_END, ENG_FORCE, ENG_REPLACE } eng_action;
 typedef struct eng_verdict {
     eng_action action;
-    const int32_t *id; /* ENG_FORCE: these come next (they are reported through on_token too), then sampling goes on */
+    /* ENG_FORCE: these come next (they are reported through on_token too), then sampling goes on. ENG_REPLACE: the
+     * same in place of the token just reported, which was sampled and is taken back. */
+    const int32_t *id;
     int n;
 } eng_verdict;
 

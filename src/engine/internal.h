@@ -14,8 +14,19 @@
 #define MAX_TOP_LOGPROBS 20
 #define MAX_SAVES 8 /* message boundaries of one prompt that are kept: the first two and the last six */
 
+typedef struct seq seq;
+
+/* A step whose tokens the device samples and the host has not read yet. */
+typedef struct flight {
+    int n_out;
+    seq **seq; /* [max_batch]: of each output row; NULL = the token is of no use any more */
+    be_act *logits;
+    int n_decode, n_prefill;
+    double t_submit;
+} flight;
+
 /* One request, waiting or running. Everything is allocated when it is submitted. */
-typedef struct seq {
+struct seq {
     eng_ticket ticket;
     eng_request r; /* its pointers are copies that `token` and `copies` own */
     void *copies;
@@ -29,11 +40,13 @@ typedef struct seq {
     int32_t n_cached;
 
     int slot;
-    int rows, out; /* of the step in hand: rows fed, index of the output row or -1 */
+    int rows;             /* of the step in hand */
+    const flight *awaits; /* the next token is this one's output row number `awaited`; it counts as known below */
+    int awaited;
     prefix_cursor cursor;
     int next_boundary;
     double t_submit, t_start, t_first, t_last; /* seconds; t_first 0 = no token yet */
-} seq;
+};
 
 typedef struct eng_counters { /* written by the engine thread, read by anyone */
     atomic_int running, waiting;
@@ -77,9 +90,13 @@ struct eng {
     bool may_admit;                                    /* something changed since the head of the queue did not fit */
     double look_at;                                    /* when the queue is next searched for deadlines */
     int32_t *row_token, *row_pos, *row_slot, *out_row; /* [max_rows] */
-    seq **out_seq;                                     /* [max_batch] */
+    be_sample *sample;                                 /* [max_batch] */
+    int32_t *sampled;                                  /* [max_batch] */
+    flight flight[2], *open;                           /* the one in hand is not `open` */
     float *logits;                                     /* [n_vocab], where the host cannot address the device */
     double decode_s, row_s;                            /* running means: a step without prefill, one more prefill row */
+    double in_model;                                   /* seconds of the step in hand that went to the model */
+    double t_ready;                                    /* when the device was last known to be done */
 };
 
 double eng_now(void);
@@ -94,11 +111,18 @@ orcd_status seq_new(const eng *e, const eng_request *r, seq **out, orcd_error *e
 void seq_free(seq *s);
 /* Tell on_done and free. The sequence is in no list any more. */
 void seq_end(eng *e, seq *s, eng_stop why, const orcd_error *error);
-/* The last row's logits are there: sample, report, stop or go on. True when the sequence goes on; else *why is set. */
-bool seq_sample(eng *e, seq *s, const float *logits, eng_stop *why, orcd_error *err);
-/* True when sampling needs nothing but the logits and the parameters: fit for a device's own sampler. */
-bool seq_is_plain(const seq *s);
-static inline bool seq_decodes(const seq *s) { return (size_t)s->n_tok > s->r.n_prompt && s->n_tok - s->n_fed == 1; }
+/* True when only the host can sample: mask, bias, penalties. */
+bool seq_draws_on_host(const seq *s);
+/* Draw the next token from the last row's logits. */
+orcd_status seq_draw(eng *e, const seq *s, const float *logits, int32_t *id, orcd_error *err) ORCD_MUST_USE;
+/* The next token is known (logits: for log-probabilities, else NULL): report it, stop or go on. True when the sequence
+ * goes on; else *why is set. */
+bool seq_take(eng *e, seq *s, int32_t id, const float *logits, eng_stop *why);
+/* Tokens known or awaited that are not in the KV memory yet. */
+static inline int seq_pending(const seq *s) { return s->n_tok - s->n_fed + (s->awaits != NULL); }
+static inline bool seq_decodes(const seq *s) {
+    return s->n_tok + (s->awaits != NULL) > (int32_t)s->r.n_prompt && seq_pending(s) == 1;
+}
 
 /* ---- scheduler.c ---- */
 

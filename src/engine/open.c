@@ -11,27 +11,28 @@
 
 /* ---- what the file is ---- */
 
-/* The stored type that takes the most bytes. */
+/* The stored type that most weights have. */
 static const char *dominant_type(const mf_file *f) {
     const gguf *g = mf_gguf(f);
     const st_model *m = mf_st(f);
-    uint64_t sum[256] = {0}, best = 0, n = g ? gguf_n_tensors(g) : st_n_tensors(m);
+    uint64_t sum[256] = {0}, best = 0, count, n = g ? gguf_n_tensors(g) : st_n_tensors(m);
     const char *name[256] = {0}, *answer = "none";
     for (uint64_t i = 0; i < n; i++) {
         uint8_t k;
-        uint64_t bytes;
         const char *type;
         if (g) {
             const gguf_tensor *t = gguf_tensor_at(g, i);
             const q_traits *q = q_find(t->type);
-            k = (uint8_t)t->type, bytes = t->bytes, type = q ? q->name : "?";
+            k = (uint8_t)t->type, type = q ? q->name : "?";
+            count = q ? t->bytes / q->block_bytes * q->block_len : 0;
         } else {
             const st_tensor *t = st_tensor_at(m, i);
-            k = (uint8_t)t->type, bytes = t->bytes;
-            type = strstr(t->name, "_blocks") || strstr(t->name, ".blocks") ? "MXFP4" : st_type_name(t->type);
+            bool packed = strstr(t->name, "_blocks") || strstr(t->name, ".blocks"); /* two values a byte */
+            k = (uint8_t)t->type, type = packed ? "MXFP4" : st_type_name(t->type);
+            count = t->bytes * 2 / (packed ? 1 : t->type == ST_F32 ? 8 : 4);
         }
         name[k] = type;
-        sum[k] += bytes;
+        sum[k] += count;
         if (sum[k] > best) {
             best = sum[k];
             answer = name[k];
@@ -217,14 +218,17 @@ static orcd_status make_tables(eng *e, int max_batch, int max_queue, orcd_error 
     e->queue = calloc((size_t)max_queue, sizeof *e->queue);
     e->slot = calloc(n, sizeof *e->slot);
     e->order = calloc(n, sizeof *e->order);
-    e->out_seq = calloc(n, sizeof *e->out_seq);
+    e->flight[0].seq = calloc(n, sizeof(seq *));
+    e->flight[1].seq = calloc(n, sizeof(seq *));
+    e->sample = calloc(n, sizeof *e->sample);
+    e->sampled = calloc(n, sizeof *e->sampled);
     e->row_token = calloc(rows, sizeof *e->row_token);
     e->row_pos = calloc(rows, sizeof *e->row_pos);
     e->row_slot = calloc(rows, sizeof *e->row_slot);
     e->out_row = calloc(n, sizeof *e->out_row);
     e->logits = calloc((size_t)e->cfg.n_vocab, sizeof *e->logits);
-    if (!e->queue || !e->slot || !e->order || !e->out_seq || !e->row_token || !e->row_pos || !e->row_slot ||
-        !e->out_row || !e->logits)
+    if (!e->queue || !e->slot || !e->order || !e->flight[0].seq || !e->flight[1].seq || !e->sample || !e->sampled ||
+        !e->row_token || !e->row_pos || !e->row_slot || !e->out_row || !e->logits)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the tables of %d sequences", max_batch);
     return samp_open(e->cfg.n_vocab, &e->samp, err);
 }
@@ -323,7 +327,10 @@ void eng_close(eng *e) {
     free(e->queue);
     free(e->slot);
     free(e->order);
-    free(e->out_seq);
+    free(e->flight[0].seq);
+    free(e->flight[1].seq);
+    free(e->sample);
+    free(e->sampled);
     free(e->row_token);
     free(e->row_pos);
     free(e->row_slot);

@@ -305,10 +305,23 @@ static int32_t draw_all(samp *s, const float *x, float max, float inv_t, double 
     return b * BLOCK + last;
 }
 
+/* The first n candidates again, in order of id: the order in which every sampler, a device's too, draws. */
+static int in_order(samp *s, const float *x, float max, float inv_t, int n) {
+    cand last = s->cand[0];
+    for (int i = 1; i < n; i++)
+        last = before(last, s->cand[i]) ? s->cand[i] : last;
+    int kept = 0, all = collect(s, x, max, inv_t, last.x);
+    for (int i = 0; i < all; i++)
+        if (!before(last, s->cand[i]))
+            s->cand[kept++] = s->cand[i];
+    return kept;
+}
+
 /* Keep the candidates that top-k, top-p and min-p leave. */
 static int filter(samp *s, const float *x, float max, float inv_t, const samp_params *p) {
-    int n;
-    if (p->top_k > 0 && p->top_k < s->n_vocab) {
+    bool few = p->top_k > 0 && p->top_k < s->n_vocab;
+    int n = 0;
+    if (few) {
         n = collect(s, x, max, inv_t, bound_of_k(s, p->top_k));
         n = select_best(s->cand, n, p->top_k, INFINITY);
         if (p->top_p < 1)
@@ -322,9 +335,11 @@ static int filter(samp *s, const float *x, float max, float inv_t, const samp_pa
             reach *= 2;
         } while (bound > -INFINITY && weigh(s->cand, n) < target);
         n = select_best(s->cand, n, n, target);
-    } else {
-        n = collect(s, x, max, inv_t, max + (logf(p->min_p) - 0.01f) / inv_t); /* a little more; exact below */
     }
+    if (few || p->top_p < 1)
+        n = in_order(s, x, max, inv_t, n);
+    else
+        n = collect(s, x, max, inv_t, max + (logf(p->min_p) - 0.01f) / inv_t); /* a little more; exact below */
     int kept = 0;
     for (int i = 0; i < n; i++)
         if (s->cand[i].w >= p->min_p)

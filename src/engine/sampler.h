@@ -1,6 +1,7 @@
 /* engine/sampler.h: from logits to one token. May include base. Order of application: logit bias, repetition, presence
  * and frequency penalties on the raw logits, mask; then temperature, top-k, top-p, min-p, draw. Temperature 0 is the
- * argmax (lowest id on ties) and skips everything after the mask. Draws come from Philox(seed, draw index). */
+ * argmax (lowest id on ties) and skips everything after the mask. Draws come from Philox(seed, draw index) and run
+ * through what is left in order of id. */
 #ifndef ORCD_ENGINE_SAMPLER_H
 #define ORCD_ENGINE_SAMPLER_H
 

@@ -1,5 +1,9 @@
 /* The engine thread. Every step is one flat batch: one row of each sequence that decodes, and slices of the prompts
- * (or of forced tokens) of the others, as many rows as the time target of a step allows. */
+ * (or of forced tokens) of the others, as many rows as the time target of a step allows.
+ *
+ * Where the device samples, the thread runs one step ahead: a step is submitted whose decoding rows are "whatever the
+ * last step samples", and only then the tokens of the last step are read. A sequence that turns out to have ended, or
+ * to be forced elsewhere, has one row too many in the open step; its token is dropped. */
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
@@ -40,8 +44,18 @@ static void start(eng *e, seq *s, int slot) {
         s->r.on_prefill(s->r.ctx, s->n_cached, (int32_t)s->r.n_prompt);
 }
 
+/* Whatever an open step still samples for s is of no use. */
+static void forget_awaited(eng *e, seq *s) {
+    for (int f = 0; f < 2; f++)
+        for (int k = 0; k < e->flight[f].n_out; k++)
+            if (e->flight[f].seq[k] == s)
+                e->flight[f].seq[k] = NULL;
+    s->awaits = NULL;
+}
+
 /* Take a sequence out of its slot and end it. */
 static void finish(eng *e, seq *s, eng_stop why, const orcd_error *error) {
+    forget_awaited(e, s);
     if (e->cache) {
         if (why != ENG_STOP_ERROR)
             prefix_save(e->cache, s->slot, s->token, s->n_fed, s->r.cache_salt, &s->cursor);
@@ -168,7 +182,9 @@ static void sweep(eng *e, double now, bool closing, bool poked) {
 static int prefill_rows(const eng *e, int n_decode) {
     int most = e->max_rows - n_decode, chunk = e->info.chunk;
     most = most < chunk ? most : chunk;
-    if (e->row_s <= 0) /* nothing measured yet */
+    if (n_decode && e->decode_s <= 0) /* measure a step without prefill first */
+        return 0;
+    if (e->row_s <= 0)
         return n_decode ? (most < 4 * MIN_SLICE ? most : 4 * MIN_SLICE) : most;
     double target = n_decode ? (SLOWDOWN - 1) * e->decode_s : STEP_TARGET_S;
     double least = n_decode ? MIN_SLICE : chunk / 4;
@@ -177,36 +193,39 @@ static int prefill_rows(const eng *e, int n_decode) {
     return rows < most ? (int)rows : most;
 }
 
-static int pending(const seq *s) { return s->n_tok - s->n_fed; }
+/* The token that is awaited is the last there can be. */
+static bool awaits_last(const seq *s) { return s->awaits && s->n_tok + 1 >= s->n_limit; }
 
 /* Decide how many rows each sequence gets. */
 static void share_out(eng *e) {
     int n_decode = 0, n_prefill = 0;
     for (int i = 0; i < e->n_running; i++) {
-        e->order[i]->rows = seq_decodes(e->order[i]);
-        n_decode += e->order[i]->rows;
-        n_prefill += !e->order[i]->rows;
+        seq *s = e->order[i];
+        bool decodes = seq_decodes(s);
+        s->rows = decodes && !awaits_last(s);
+        n_decode += s->rows;
+        n_prefill += !decodes;
     }
     int rows = n_prefill ? prefill_rows(e, n_decode) : 0;
     e->turn = n_prefill ? e->turn + 1 : 0;
     for (int k = 0; k < e->n_running && rows > 0; k++) { /* equal shares; what one leaves, the next ones get */
         seq *s = e->order[(k + e->turn) % e->n_running];
-        if (s->rows)
+        if (seq_decodes(s))
             continue;
         int even = rows / n_prefill--;
         even = even < MIN_SLICE ? MIN_SLICE : even;
         even = even < rows ? even : rows;
-        s->rows = even < pending(s) ? even : pending(s);
+        s->rows = even < seq_pending(s) ? even : seq_pending(s);
         rows -= s->rows;
     }
 }
 
 /* Lay the rows out and map their pages. A sequence for which no page is left ends here. */
-static void lay_out(eng *e, be_batch *b) {
+static void lay_out(eng *e, be_batch *b, flight *f) {
     *b = (be_batch){.token = e->row_token, .pos = e->row_pos, .slot = e->row_slot, .out_row = e->out_row};
+    f->n_out = f->n_decode = f->n_prefill = 0;
     for (int i = 0; i < e->n_running; i++) {
         seq *s = e->order[i];
-        s->out = -1;
         if (s->rows && !kv_extend(&e->kv, s->slot, s->n_fed + s->rows)) {
             orcd_error err;
             orcd_fail(&err, ORCD_ERR_INTERNAL, "internal error: no KV page was left for an admitted request");
@@ -214,46 +233,74 @@ static void lay_out(eng *e, be_batch *b) {
             i--;
             continue;
         }
+        *(seq_decodes(s) ? &f->n_decode : &f->n_prefill) += s->rows;
         for (int k = 0; k < s->rows; k++, b->n_tok++) {
-            e->row_token[b->n_tok] = s->token[s->n_fed + k];
-            e->row_pos[b->n_tok] = s->n_fed + k;
+            int32_t at = s->n_fed + k;
+            e->row_token[b->n_tok] = at < s->n_tok ? s->token[at] : BE_TOKEN_OF(s->awaited);
+            e->row_pos[b->n_tok] = at;
             e->row_slot[b->n_tok] = s->slot;
         }
-        if (s->rows && s->rows == pending(s)) {
-            s->out = b->n_out;
-            e->out_seq[b->n_out] = s;
+        if (s->rows && s->rows == seq_pending(s)) {
+            const samp_params *p = &s->r.sampling;
+            e->sample[b->n_out] = (be_sample){.temperature = p->temperature,
+                                              .top_p = p->top_p,
+                                              .min_p = p->min_p,
+                                              .top_k = p->top_k,
+                                              .seed = p->seed,
+                                              .draw = (uint64_t)(s->n_fed + s->rows) - s->r.n_prompt};
+            f->seq[b->n_out] = s;
             e->out_row[b->n_out++] = b->n_tok - 1;
         }
     }
+    f->n_out = b->n_out;
 }
 
-static orcd_status forward(eng *e, const be_batch *b, be_act **logits, orcd_error *err) {
+static orcd_status submit(eng *e, const be_batch *b, flight *f, bool sample, orcd_error *err) {
+    const be_ops *ops = e->dev->ops;
     be_step *step;
-    ORCD_TRY(e->dev->ops->step_begin(e->dev, e->kv.kv, b, &step, err));
-    *logits = arch_forward(e->model, step);
-    return e->dev->ops->step_end(step, err);
+    f->t_submit = eng_now();
+    orcd_status st = ops->step_begin(e->dev, e->kv.kv, b, &step, err);
+    if (st == ORCD_OK) {
+        f->logits = arch_forward(e->model, step);
+        if (sample)
+            ops->sample(step, f->logits, e->sample);
+        st = ops->step_end(step, err);
+    }
+    e->in_model += eng_now() - f->t_submit;
+    return st;
 }
 
 static void mean(double *v, double x) { *v = *v > 0 ? *v + SMOOTH * (x - *v) : x; }
 
-static void measure(eng *e, const be_batch *b, double seconds) {
-    int n_decode = 0;
-    for (int i = 0; i < e->n_running; i++)
-        n_decode += seq_decodes(e->order[i]) && e->order[i]->rows;
-    int n_prefill = b->n_tok - n_decode;
-    if (n_prefill == 0)
+/* The step is done: learn what its rows cost. */
+static void measure(eng *e, const flight *f) {
+    double now = eng_now(), seconds = now - fmax(f->t_submit, e->t_ready);
+    e->t_ready = now;
+    if (f->n_prefill == 0)
         mean(&e->decode_s, seconds);
-    else if (n_prefill >= MIN_SLICE)
-        mean(&e->row_s, fmax(seconds - (n_decode ? e->decode_s : 0), seconds / 8) / n_prefill);
+    else if (f->n_prefill >= MIN_SLICE)
+        mean(&e->row_s, fmax(seconds - (f->n_decode ? e->decode_s : 0), seconds / 8) / f->n_prefill);
+}
+
+/* Wait for the open step's tokens. */
+static orcd_status read_open(eng *e, orcd_error *err) {
+    double t0 = eng_now();
+    e->open = NULL;
+    orcd_status st = e->dev->ops->sampled(e->dev, e->sampled, err);
+    e->in_model += eng_now() - t0;
+    return st;
 }
 
 /* Every sequence of a failed step ends; a lost device ends the engine. */
 static void fail_step(eng *e, const orcd_error *error) {
+    orcd_error unread;
     bool lost = error->code == ORCD_ERR_DEVICE;
+    if (e->open && read_open(e, &unread) != ORCD_OK)
+        lost |= unread.code == ORCD_ERR_DEVICE;
     if (lost)
         atomic_store_explicit(&e->n.failed, true, memory_order_relaxed);
     for (int i = e->n_running; i-- > 0;)
-        if (lost || e->order[i]->rows)
+        if (lost || e->order[i]->rows || e->order[i]->awaits)
             finish(e, e->order[i], ENG_STOP_ERROR, error);
     for (seq *s; lost && (s = take_expired(e, 0, true, &(eng_stop){0}));)
         seq_end(e, s, ENG_STOP_ERROR, error);
@@ -276,44 +323,106 @@ static void advance(eng *e, seq *s) {
         s->r.on_prefill(s->r.ctx, s->n_fed < n_prompt ? s->n_fed : n_prompt, n_prompt);
 }
 
-static const float *logits_row(eng *e, const be_act *logits, int row, orcd_error *err) {
+static orcd_status logits_row(eng *e, const be_act *logits, int row, const float **out, orcd_error *err) {
     const float *host = e->dev->ops->act_host(e->dev, logits);
-    if (host)
-        return host + (int64_t)row * e->cfg.n_vocab;
-    return e->dev->ops->act_read(e->dev, logits, row, 1, e->logits, err) == ORCD_OK ? e->logits : NULL;
+    *out = host ? host + (int64_t)row * e->cfg.n_vocab : e->logits;
+    return host ? ORCD_OK : e->dev->ops->act_read(e->dev, logits, row, 1, e->logits, err);
+}
+
+/* The next token of s, from output row k: sampled by the device (id) or, with id NULL, drawn here. False: s ends. */
+static bool next_token(eng *e, seq *s, const be_act *act, int k, const int32_t *id, eng_stop *why, orcd_error *err) {
+    const float *logits = NULL;
+    int32_t drawn = -1;
+    bool draw = !id || seq_draws_on_host(s);
+    *why = ENG_STOP_ERROR;
+    if ((draw || s->r.top_logprobs >= 0) && logits_row(e, act, k, &logits, err) != ORCD_OK)
+        return false;
+    if (draw && seq_draw(e, s, logits, &drawn, err) != ORCD_OK)
+        return false;
+    if (!draw)
+        drawn = *id;
+    if (drawn < 0 || drawn >= e->cfg.n_vocab) {
+        orcd_fail(err, ORCD_ERR_INTERNAL, "numerical error: the model's output is not a number, this request ends");
+        return false;
+    }
+    return seq_take(e, s, drawn, logits, why);
+}
+
+/* Hand out the tokens of a step that is done; id as the device sampled them, or NULL. */
+static void hand_out(eng *e, flight *f, const int32_t *id) {
+    measure(e, f);
+    for (int k = 0; k < f->n_out; k++) {
+        seq *s = f->seq[k];
+        eng_stop why;
+        orcd_error err;
+        if (!s)
+            continue;
+        if (s->awaits == f)
+            s->awaits = NULL;
+        f->seq[k] = NULL;
+        int32_t known = s->n_tok + 1;
+        if (!next_token(e, s, f->logits, k, id ? id + k : NULL, &why, &err))
+            finish(e, s, why, &err);
+        else if (s->n_tok != known)
+            forget_awaited(e, s); /* forced elsewhere */
+    }
+    f->n_out = 0;
+}
+
+static void collect(eng *e) {
+    flight *f = e->open;
+    orcd_error err;
+    if (read_open(e, &err) == ORCD_OK)
+        hand_out(e, f, e->sampled);
+    else
+        fail_step(e, &err);
+}
+
+/* Nothing that the host must see before the next step can be made. */
+static bool can_run_ahead(const eng *e) {
+    for (int i = 0; i < e->n_running; i++)
+        if (seq_draws_on_host(e->order[i]) || e->order[i]->r.top_logprobs >= 0)
+            return false;
+    return true;
 }
 
 static void step(eng *e) {
     be_batch b;
-    be_act *logits = NULL;
     orcd_error err;
-    double t0 = eng_now();
-    share_out(e);
-    lay_out(e, &b);
-    if (b.n_tok == 0)
+    bool device = e->dev->ops->sample != NULL, ahead = device && can_run_ahead(e);
+    flight *f = &e->flight[e->open == &e->flight[0]];
+    if (e->open && !ahead) {
+        collect(e);
         return;
-    double t1 = eng_now();
-    orcd_status st = forward(e, &b, &logits, &err);
-    double t2 = eng_now();
-    if (st != ORCD_OK) {
+    }
+    share_out(e);
+    lay_out(e, &b, f);
+    if (b.n_tok == 0) { /* all await their last token */
+        if (e->open)
+            collect(e);
+        return;
+    }
+    bool sample = device && b.n_out > 0;
+    if (submit(e, &b, f, sample, &err) != ORCD_OK) {
         fail_step(e, &err);
         return;
     }
-    measure(e, &b, t2 - t1);
     for (int i = 0; i < e->n_running; i++)
         if (e->order[i]->rows)
             advance(e, e->order[i]);
     for (int k = 0; k < b.n_out; k++) {
-        seq *s = e->out_seq[k];
-        eng_stop why = ENG_STOP_ERROR;
-        const float *row = logits_row(e, logits, k, &err);
-        if (!row || !seq_sample(e, s, row, &why, &err))
-            finish(e, s, why, &err);
+        f->seq[k]->awaits = f;
+        f->seq[k]->awaited = k;
     }
-    double t3 = eng_now();
-    eng_count(&e->n.steps, 1);
-    eng_count(&e->n.step_ns, (uint64_t)((t3 - t0) * 1e9));
-    eng_count(&e->n.forward_ns, (uint64_t)((t2 - t1) * 1e9));
+    if (e->open)
+        collect(e);
+    if (!sample) {
+        hand_out(e, f, NULL);
+    } else {
+        e->open = f;
+        if (!ahead)
+            collect(e);
+    }
 }
 
 /* Sleep while there is nothing to do. */
@@ -346,8 +455,13 @@ void *eng_loop(void *engine) {
         sweep(e, now, closing, poked);
         if (!closing && !atomic_load_explicit(&e->n.failed, memory_order_relaxed))
             admit(e);
-        if (e->n_running)
-            step(e);
+        if (e->n_running == 0)
+            continue;
+        e->in_model = 0;
+        step(e);
+        eng_count(&e->n.steps, 1);
+        eng_count(&e->n.step_ns, (uint64_t)((eng_now() - now) * 1e9));
+        eng_count(&e->n.forward_ns, (uint64_t)(e->in_model * 1e9));
     }
     return NULL;
 }

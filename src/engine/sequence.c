@@ -165,10 +165,10 @@ void seq_end(eng *e, seq *s, eng_stop why, const orcd_error *error) {
 
 /* ---- generating ---- */
 
-bool seq_is_plain(const seq *s) {
+bool seq_draws_on_host(const seq *s) {
     const samp_params *p = &s->r.sampling;
-    return !s->r.mask && s->r.n_bias == 0 && s->r.top_logprobs < 0 && p->repetition_penalty == 1 &&
-           p->presence_penalty == 0 && p->frequency_penalty == 0;
+    return s->r.mask || s->r.n_bias > 0 || p->repetition_penalty != 1 || p->presence_penalty != 0 ||
+           p->frequency_penalty != 0;
 }
 
 static bool is_stop(const seq *s, int32_t id) {
@@ -189,11 +189,14 @@ static bool tell(eng *e, seq *s, eng_token *t, bool sampled, eng_stop *why) {
         eng_verdict v = {ENG_GO, NULL, 0};
         if (s->r.on_token)
             v = s->r.on_token(s->r.ctx, t);
-        if (v.action == ENG_FORCE)
+        bool replace = v.action == ENG_REPLACE && sampled && v.n > 0;
+        if (replace)
+            s->n_told = --s->n_tok;
+        if (v.action == ENG_FORCE || v.action == ENG_REPLACE)
             for (int i = 0; i < v.n && s->n_tok < s->n_limit; i++)
                 if (v.id[i] >= 0 && v.id[i] < e->cfg.n_vocab)
                     s->token[s->n_tok++] = v.id[i];
-        if (sampled && is_stop(s, t->id) && v.action != ENG_FORCE) {
+        if (sampled && is_stop(s, t->id) && v.action != ENG_FORCE && !replace) {
             *why = ENG_STOP_EOS;
             return false;
         }
@@ -209,11 +212,7 @@ static bool tell(eng *e, seq *s, eng_token *t, bool sampled, eng_stop *why) {
     return s->n_tok < s->n_limit;
 }
 
-bool seq_sample(eng *e, seq *s, const float *logits, eng_stop *why, orcd_error *err) {
-    float top[MAX_TOP_LOGPROBS];
-    int32_t top_id[MAX_TOP_LOGPROBS], id;
-    eng_logprob best[MAX_TOP_LOGPROBS];
-    eng_token t = {.top = best};
+orcd_status seq_draw(eng *e, const seq *s, const float *logits, int32_t *id, orcd_error *err) {
     samp_input in = {.logits = logits,
                      .params = &s->r.sampling,
                      .draw = (uint64_t)s->n_tok - s->r.n_prompt,
@@ -224,10 +223,15 @@ bool seq_sample(eng *e, seq *s, const float *logits, eng_stop *why, orcd_error *
                      .bias = s->r.bias,
                      .n_bias = s->r.n_bias,
                      .mask = s->r.mask ? s->r.mask(s->r.ctx) : NULL};
-    *why = ENG_STOP_ERROR;
-    if (samp_draw(e->samp, &in, &id, err) != ORCD_OK)
-        return false;
-    if (s->r.top_logprobs >= 0) {
+    return samp_draw(e->samp, &in, id, err);
+}
+
+bool seq_take(eng *e, seq *s, int32_t id, const float *logits, eng_stop *why) {
+    float top[MAX_TOP_LOGPROBS];
+    int32_t top_id[MAX_TOP_LOGPROBS];
+    eng_logprob best[MAX_TOP_LOGPROBS];
+    eng_token t = {.top = best};
+    if (s->r.top_logprobs >= 0 && logits) {
         t.n_top = s->r.top_logprobs < e->cfg.n_vocab ? s->r.top_logprobs : e->cfg.n_vocab;
         samp_logprobs(logits, e->cfg.n_vocab, id, &t.logprob, t.n_top, top_id, top);
         for (int i = 0; i < t.n_top; i++)

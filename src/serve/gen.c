@@ -1,5 +1,7 @@
 #include "serve/gen.h"
 
+#include <sodium.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -10,57 +12,181 @@ struct gen {
     eng *engine;
     const tok *tok;
     eng_ticket ticket;
-    tok_stream utf8;
     stop_set *stops;
     int stop_matched;
     bool client_gone;
-    buf whole, fresh; /* characters just completed; of them, what no stop string can take back */
+    buf fresh; /* of the answer, what no stop string can take back */
+
+    /* raw text */
+    tok_stream utf8;
+    buf whole; /* characters just completed */
+
+    /* harmony */
+    harmony_parser *parser;
+    harmony_mask *mask;
+    harmony_stop stop;
+    bool stopped; /* the parser has had its last event: see stop */
+    bool in_call;
+    int n_call;
+    char call_id[40];
+    ids force; /* to go on with in place of the token just fed */
 };
 
 static void gen_free(gen *g) {
     if (!g)
         return;
     stop_close(g->stops);
+    harmony_mask_close(g->mask);
+    harmony_parser_close(g->parser);
     buf_free(&g->whole);
     buf_free(&g->fresh);
+    ids_free(&g->force);
     free(g);
 }
 
-/* Hand over what is certain of the answer's text. */
-static void emit_content(gen *g, const eng_token *t) {
-    if (!g->fresh.len)
-        return;
-    const gen_event e = {.kind = GEN_CONTENT, .text = g->fresh.data, .len = g->fresh.len, .token = t};
-    if (!g->p.on_event(g->p.ctx, &e))
+static void emit(gen *g, const gen_event *e) {
+    if (!g->client_gone && !g->p.on_event(g->p.ctx, e))
         g->client_gone = true;
+}
+
+/* ---- the answer's text, through the stop strings ---- */
+
+static void emit_fresh(gen *g) {
+    if (g->fresh.len)
+        emit(g, &(gen_event){.kind = GEN_CONTENT, .text = g->fresh.data, .len = g->fresh.len});
     buf_clear(&g->fresh);
 }
 
-static void take_content(gen *g, const char *text, size_t len, const eng_token *t) {
+static void take_content(gen *g, const char *text, size_t len) {
     if (len && g->stop_matched < 0)
         g->stop_matched = stop_push(g->stops, text, len, &g->fresh);
-    emit_content(g, t);
+    emit_fresh(g);
 }
 
-static eng_verdict on_raw_token(gen *g, const eng_token *t) {
+static void flush_content(gen *g) {
+    if (g->stop_matched < 0)
+        stop_flush(g->stops, &g->fresh);
+    emit_fresh(g);
+}
+
+/* ---- raw ---- */
+
+static void take_raw(gen *g, const eng_token *t) {
     size_t len = 0;
-    const char *bytes = tok_is_special(g->tok, t->id) ? "" : tok_bytes(g->tok, t->id, &len);
+    bool special = tok_is_special(g->tok, t->id);
+    const char *bytes = special ? "" : tok_bytes(g->tok, t->id, &len);
+    emit(g, &(gen_event){.kind = GEN_TOKEN, .token = t, .answer = !special});
     buf_clear(&g->whole);
     tok_stream_push(&g->utf8, bytes, len, &g->whole);
-    take_content(g, g->whole.data, g->whole.len, t);
-    return (eng_verdict){g->stop_matched >= 0 || g->client_gone ? ENG_END : ENG_GO, NULL, 0};
+    take_content(g, g->whole.data, g->whole.len);
 }
 
-static eng_verdict on_token(void *ctx, const eng_token *t) { return on_raw_token(ctx, t); }
+static void end_raw(gen *g) {
+    buf_clear(&g->whole);
+    tok_stream_end(&g->utf8, &g->whole);
+    take_content(g, g->whole.data, g->whole.len);
+    flush_content(g);
+}
+
+/* ---- harmony ---- */
+
+static void begin_call(gen *g, const harmony_event *h) {
+    static const char letter[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
+    size_t n = (size_t)snprintf(g->call_id, sizeof g->call_id, "call_");
+    for (int i = 0; i < 24; i++)
+        g->call_id[n++] = letter[randombytes_uniform(sizeof letter - 1)];
+    g->call_id[n] = '\0';
+    flush_content(g);
+    g->in_call = true;
+    emit(g, &(gen_event){.kind = GEN_TOOL_BEGIN, .tool = g->n_call++, .tool_id = g->call_id, .tool_name = h->text});
+}
+
+static void end_message(gen *g) {
+    if (g->in_call)
+        emit(g, &(gen_event){.kind = GEN_TOOL_END, .tool = g->n_call - 1});
+    else
+        flush_content(g);
+    g->in_call = false;
+}
+
+static void on_harmony(void *ctx, const harmony_event *h) {
+    gen *g = ctx;
+    switch (h->kind) {
+    case HARMONY_REASONING:
+        emit(g, &(gen_event){.kind = GEN_REASONING, .text = h->text, .len = h->len});
+        break;
+    case HARMONY_CONTENT: /* stop strings act on answers, not on what is said before a call */
+        if (harmony_in_answer(g->parser))
+            take_content(g, h->text, h->len);
+        else
+            emit(g, &(gen_event){.kind = GEN_CONTENT, .text = h->text, .len = h->len});
+        break;
+    case HARMONY_CALL:
+        begin_call(g, h);
+        break;
+    case HARMONY_ARGUMENTS:
+        emit(g, &(gen_event){.kind = GEN_TOOL_ARGS, .text = h->text, .len = h->len, .tool = g->n_call - 1});
+        break;
+    case HARMONY_MESSAGE_END:
+        end_message(g);
+        break;
+    case HARMONY_FORCE:
+        ids_add(&g->force, h->id, h->n_id);
+        break;
+    case HARMONY_STOP:
+        g->stopped = true;
+        g->stop = h->stop;
+        break;
+    }
+}
+
+static void take_harmony(gen *g, const eng_token *t) {
+    emit(g, &(gen_event){.kind = GEN_TOKEN,
+                         .token = t,
+                         .answer = harmony_in_answer(g->parser) && !tok_is_special(g->tok, t->id)});
+    g->force.n = 0;
+    harmony_feed(g->parser, t->id);
+}
+
+static const uint32_t *next_mask(void *ctx) {
+    gen *g = ctx;
+    return harmony_mask_next(g->mask, g->parser);
+}
+
+/* ---- the engine's callbacks ---- */
+
+static eng_verdict on_token(void *ctx, const eng_token *t) {
+    gen *g = ctx;
+    if (g->parser)
+        take_harmony(g, t);
+    else
+        take_raw(g, t);
+    if (g->stop_matched >= 0 || g->client_gone || g->stopped)
+        return (eng_verdict){ENG_END, NULL, 0};
+    if (g->force.n && !g->force.failed)
+        return (eng_verdict){ENG_REPLACE, g->force.data, (int)g->force.n};
+    return (eng_verdict){ENG_GO, NULL, 0};
+}
+
+static void on_prefill(void *ctx, int32_t done, int32_t total) {
+    gen *g = ctx;
+    (void)done, (void)total;
+    if (g->p.on_running)
+        g->p.on_running(g->p.ctx);
+    g->p.on_running = NULL;
+}
 
 static gen_finish finish_of(const gen *g, const eng_result *r) {
+    if (g->client_gone)
+        return GEN_FINISH_CANCELLED;
+    if (g->stop_matched >= 0)
+        return GEN_FINISH_STOP;
     switch (r->stop) {
     case ENG_STOP_EOS:
-        return GEN_FINISH_EOS;
+    case ENG_STOP_CALLER:
+        return g->stopped && g->stop == HARMONY_STOP_CALL ? GEN_FINISH_TOOL : GEN_FINISH_EOS;
     case ENG_STOP_LENGTH:
         return GEN_FINISH_LENGTH;
-    case ENG_STOP_CALLER:
-        return g->client_gone ? GEN_FINISH_CANCELLED : GEN_FINISH_STOP;
     case ENG_STOP_CANCELLED:
         return GEN_FINISH_CANCELLED;
     case ENG_STOP_DEADLINE:
@@ -71,18 +197,38 @@ static gen_finish finish_of(const gen *g, const eng_result *r) {
     return GEN_FINISH_ERROR;
 }
 
-static void on_done(void *ctx, const eng_result *r) {
+static void on_done(void *ctx, const eng_result *result) {
     gen *g = ctx;
-    if (!g->client_gone && r->stop != ENG_STOP_ERROR) {
-        buf_clear(&g->whole);
-        tok_stream_end(&g->utf8, &g->whole);
-        take_content(g, g->whole.data, g->whole.len, NULL);
-        stop_flush(g->stops, &g->fresh);
-        emit_content(g, NULL);
+    eng_result r = *result;
+    ids turn = {0};
+    if (g->parser)
+        harmony_finish(g->parser);
+    else if (r.stop != ENG_STOP_ERROR)
+        end_raw(g);
+    if (g->stopped && g->stop == HARMONY_STOP_NO_MEMORY && r.stop != ENG_STOP_ERROR) {
+        r.stop = ENG_STOP_ERROR;
+        orcd_fail(&r.error, ORCD_ERR_NOMEM, "out of memory");
     }
-    const gen_done d = {.finish = finish_of(g, r), .stop_matched = g->stop_matched, .result = r};
+    gen_done d = {.finish = finish_of(g, &r), .stop_matched = g->stop_matched, .result = &r};
+    if (g->parser)
+        d.n_reasoning = (int32_t)harmony_n_reasoning(g->parser);
+    if (d.finish == GEN_FINISH_TOOL && harmony_replay(g->parser, &turn) == ORCD_OK) {
+        d.turn = turn.data;
+        d.n_turn = turn.n;
+    }
     g->p.on_done(g->p.ctx, &d);
+    ids_free(&turn);
     gen_free(g);
+}
+
+/* ---- start ---- */
+
+static orcd_status open_harmony(gen *g, const gen_params *p, orcd_error *err) {
+    if (!p->harmony)
+        return ORCD_OK;
+    if (harmony_parser_open(p->harmony, &p->parse, on_harmony, g, &g->parser) != ORCD_OK)
+        return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
+    return p->mask ? harmony_mask_open(p->harmony, p->mask, &g->mask, err) : ORCD_OK;
 }
 
 orcd_status gen_start(eng *e, const gen_params *p, gen **out, orcd_error *err) {
@@ -99,11 +245,15 @@ orcd_status gen_start(eng *e, const gen_params *p, gen **out, orcd_error *err) {
         st = orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
         goto done;
     }
+    ORCD_TRY_GOTO(st, done, open_harmony(g, p, err));
     eng_request r = p->request;
     r.on_token = on_token;
+    r.on_prefill = on_prefill;
     r.on_done = on_done;
     r.ctx = g;
-    *out = g; /* before submitting: events may come at once */
+    r.mask = g->mask ? next_mask : NULL;
+    r.ignore_eos = g->parser != NULL; /* the parser knows which tokens end what */
+    *out = g;                         /* before submitting: events may come at once */
     ORCD_TRY_GOTO(st, done, eng_submit(e, &r, &g->ticket, err));
     return ORCD_OK;
 done:

@@ -2,8 +2,10 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <math.h>
 #include <microhttpd.h>
 #include <netdb.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sodium.h>
 #include <stdatomic.h>
@@ -34,12 +36,14 @@ struct http_exchange {
     http_exchange *next, *prev; /* in h->live */
     const http_route *route;
     char *path;
+    char header_name[40], header_value[140]; /* of the reply; http_set_header */
     buf body;
     uint64_t id, key_hash;
     double t0;
     int early; /* status decided before the body was read: 413, 401, ... */
     pthread_mutex_t lock;
-    atomic_int refs; /* the HTTP side and, while held, the worker */
+    pthread_mutex_t gone_lock; /* held while `gone` runs, so that it never runs after http_release */
+    atomic_int refs;           /* the HTTP side and, while held, the worker */
     phase phase;
     bool held, replied, streaming, ended, finished, gone_told;
     int status;
@@ -53,8 +57,7 @@ struct http_exchange {
 typedef struct connection { /* a socket that has not completed a request yet is watched */
     struct connection *next, *prev;
     int fd;
-    double t0;
-    bool header_done;
+    double deadline; /* of the next complete header */
 } connection;
 
 struct http {
@@ -90,6 +93,7 @@ static void drop_ref(http_exchange *x) {
     buf_free(&x->body);
     buf_free(&x->stream);
     pthread_mutex_destroy(&x->lock);
+    pthread_mutex_destroy(&x->gone_lock);
     free(x);
 }
 
@@ -105,6 +109,7 @@ static void *new_exchange(void *ctx, const char *uri, struct MHD_Connection *con
     x->t0 = monotonic();
     atomic_init(&x->refs, 1);
     pthread_mutex_init(&x->lock, NULL);
+    pthread_mutex_init(&x->gone_lock, NULL);
     pthread_mutex_lock(&h->lock);
     x->next = h->live;
     if (x->next)
@@ -115,18 +120,17 @@ static void *new_exchange(void *ctx, const char *uri, struct MHD_Connection *con
 }
 
 static void tell_gone(http_exchange *x) {
-    void (*gone)(void *) = NULL;
-    void *ctx = NULL;
+    pthread_mutex_lock(&x->gone_lock);
     pthread_mutex_lock(&x->lock);
-    if (x->held && !x->gone_told && !x->ended) {
-        x->gone_told = true;
-        gone = x->gone;
-        ctx = x->gone_ctx;
-    }
+    bool tell = x->held && !x->gone_told && !x->ended;
+    x->gone_told |= tell;
     pthread_mutex_unlock(&x->lock);
-    if (gone)
-        gone(ctx);
+    if (tell && x->gone)
+        x->gone(x->gone_ctx);
+    pthread_mutex_unlock(&x->gone_lock);
 }
+
+static void expect_header(http *h, struct MHD_Connection *conn, double seconds);
 
 static void completed(void *ctx, struct MHD_Connection *conn, void **state, enum MHD_RequestTerminationCode why) {
     http *h = ctx;
@@ -145,6 +149,8 @@ static void completed(void *ctx, struct MHD_Connection *conn, void **state, enum
     pthread_mutex_unlock(&h->lock);
     if (why != MHD_REQUEST_TERMINATED_COMPLETED_OK)
         tell_gone(x);
+    else
+        expect_header(h, conn, IDLE_S);
     pthread_mutex_lock(&x->lock);
     x->finished = true;
     x->conn = NULL;
@@ -170,8 +176,15 @@ uint64_t http_key_hash(const http_exchange *x) { return x->key_hash; }
 
 /* ---- replies ---- */
 
-static void add_headers(struct MHD_Response *r, const char *headers) {
+void http_set_header(http_exchange *x, const char *name, const char *value) {
+    snprintf(x->header_name, sizeof x->header_name, "%s", name);
+    snprintf(x->header_value, sizeof x->header_value, "%s", value);
+}
+
+static void add_headers(const http_exchange *x, struct MHD_Response *r, const char *headers) {
     char name[64], value[512];
+    if (x->header_name[0])
+        MHD_add_response_header(r, x->header_name, x->header_value);
     MHD_add_response_header(r, "X-Content-Type-Options", "nosniff");
     MHD_add_response_header(r, "Cache-Control", "no-store");
     for (int n = 0; headers && sscanf(headers, "%63[^:\n]: %511[^\n]\n%n", name, value, &n) == 2 && n;
@@ -206,13 +219,13 @@ void http_reply(http_exchange *x, int status, const char *type, const char *body
     struct MHD_Response *r = MHD_create_response_from_buffer(len, (void *)(uintptr_t)body, MHD_RESPMEM_MUST_COPY);
     if (r) {
         MHD_add_response_header(r, "Content-Type", type);
-        add_headers(r, headers);
+        add_headers(x, r, headers);
     }
     set_response(x, status, r);
 }
 
 void http_reply_json(http_exchange *x, int status, json_t *body, const char *headers) {
-    char *text = json_dumps(body, JSON_COMPACT);
+    char *text = json_dumps(body, JSON_COMPACT | JSON_REAL_PRECISION(9));
     json_decref(body);
     http_reply(x, text ? status : 500, "application/json", text ? text : "{}", text ? strlen(text) : 2, headers);
     free(text);
@@ -248,7 +261,7 @@ json_t *http_error_json(http_envelope e, int status, const char *type, const cha
                          code            ? code
                          : status >= 500 ? "INTERNAL"
                                          : "INVALID_REQUEST",
-                         "message", message, "retriable", status == 503 || status == 500);
+                         "message", message, "retriable", status >= 500);
     case HTTP_ERR_OPENAI:
         break;
     }
@@ -275,9 +288,11 @@ void http_hold(http_exchange *x, void (*gone)(void *ctx), void *ctx) {
 }
 
 void http_release(http_exchange *x) {
+    pthread_mutex_lock(&x->gone_lock);
     pthread_mutex_lock(&x->lock);
     x->held = false;
     pthread_mutex_unlock(&x->lock);
+    pthread_mutex_unlock(&x->gone_lock);
     drop_ref(x);
 }
 
@@ -308,7 +323,7 @@ void http_stream_begin(http_exchange *x, const char *headers) {
     if (r) {
         MHD_add_response_header(r, "Content-Type", "text/event-stream; charset=utf-8");
         MHD_add_response_header(r, "X-Accel-Buffering", "no");
-        add_headers(r, headers);
+        add_headers(x, r, headers);
     } else
         drop_ref(x);
     pthread_mutex_lock(&x->lock);
@@ -447,17 +462,20 @@ static void reply_early(http_exchange *x) {
 
 /* ---- the watcher: clients that left, and clients that never finish asking ---- */
 
+/* By poll and not by a peek: bytes may be unread before the end, of a pipelined request or of TLS. */
 static bool peer_closed(int fd) {
-    char byte;
-    ssize_t n = recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-    return n == 0 || (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR);
+    struct pollfd p = {.fd = fd, .events = POLLRDHUP};
+    return poll(&p, 1, 0) > 0 && (p.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL));
 }
 
-static void mark_header_done(http *h, int fd) {
+/* A complete header must come within `seconds` from now; 0 = there is nothing to wait for. */
+static void expect_header(http *h, struct MHD_Connection *conn, double seconds) {
+    const union MHD_ConnectionInfo *info = MHD_get_connection_info(conn, MHD_CONNECTION_INFO_SOCKET_CONTEXT);
+    connection *c = info ? info->socket_context : NULL;
+    if (!c)
+        return;
     pthread_mutex_lock(&h->lock);
-    for (connection *c = h->connections; c; c = c->next)
-        if (c->fd == fd)
-            c->header_done = true;
+    c->deadline = seconds > 0 ? monotonic() + seconds : INFINITY;
     pthread_mutex_unlock(&h->lock);
 }
 
@@ -488,7 +506,7 @@ static void watch_once(http *h) {
         }
     }
     for (connection *c = h->connections; c; c = c->next)
-        if (!c->header_done && t - c->t0 > HEADER_S)
+        if (t > c->deadline)
             shutdown(c->fd, SHUT_RDWR);
     pthread_mutex_unlock(&h->lock);
     for (int i = 0; i < n; i++) {
@@ -515,7 +533,7 @@ static void connection_changed(void *ctx, struct MHD_Connection *conn, void **st
         if (!c)
             return;
         c->fd = socket_of(conn);
-        c->t0 = monotonic();
+        c->deadline = monotonic() + HEADER_S;
         *state = c;
         pthread_mutex_lock(&h->lock);
         c->next = h->connections;
@@ -561,7 +579,7 @@ static enum MHD_Result serve(void *ctx, struct MHD_Connection *conn, const char 
     if (!x)
         return MHD_NO;
     if (!x->path) {
-        mark_header_done(h, socket_of(conn));
+        expect_header(h, conn, 0);
         check_header(x, method, path);
         if (x->early == 413 || x->early == 415) { /* do not read what will not be used */
             reply_early(x);
@@ -617,6 +635,44 @@ static bool is_loopback(const struct sockaddr *a) {
     return IN6_IS_ADDR_LOOPBACK(&((const struct sockaddr_in6 *)(const void *)a)->sin6_addr);
 }
 
+static orcd_status find_address(const char *host, int port, bool has_key, struct addrinfo **out, bool *loopback,
+                                orcd_error *err) {
+    struct addrinfo hint = {.ai_flags = AI_NUMERICSERV | AI_PASSIVE, .ai_socktype = SOCK_STREAM};
+    char text[16];
+    snprintf(text, sizeof text, "%d", port);
+    *out = NULL;
+    if (getaddrinfo(host, text, &hint, out) != 0 || !*out)
+        return orcd_fail(err, ORCD_ERR_ARG, "\"%s\" is no address of this machine", host);
+    *loopback = is_loopback((*out)->ai_addr);
+    if (*loopback || has_key)
+        return ORCD_OK;
+    return orcd_fail(err, ORCD_ERR_ARG,
+                     "listening on %s would open the server to the network: give a file of keys first", host);
+}
+
+static orcd_status cannot_listen(const char *host, int port, int why, orcd_error *err) {
+    return orcd_fail(err, ORCD_ERR_IO, "cannot listen on %s port %d: %s; is another server running there?", host, port,
+                     why ? strerror(why) : "refused");
+}
+
+orcd_status http_can_listen(const char *host, int port, bool has_key, orcd_error *err) {
+    struct addrinfo *a;
+    bool loopback;
+    int one = 1, fd = -1;
+    orcd_status st = find_address(host, port, has_key, &a, &loopback, err);
+    if (st == ORCD_OK) {
+        fd = socket(a->ai_family, SOCK_STREAM, 0);
+        setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+        if (fd < 0 || bind(fd, a->ai_addr, a->ai_addrlen) != 0)
+            st = cannot_listen(host, port, errno, err);
+    }
+    if (fd >= 0)
+        close(fd);
+    if (a)
+        freeaddrinfo(a);
+    return st;
+}
+
 static orcd_status start_daemon(http *h, const struct addrinfo *a, orcd_error *err) {
     struct MHD_OptionItem option[16] = {
         {MHD_OPTION_SOCK_ADDR, 0, a->ai_addr},
@@ -643,8 +699,7 @@ static orcd_status start_daemon(http *h, const struct addrinfo *a, orcd_error *e
     h->daemon =
         MHD_start_daemon(flags, (uint16_t)h->p.port, NULL, NULL, serve, h, MHD_OPTION_ARRAY, option, MHD_OPTION_END);
     if (!h->daemon)
-        return orcd_fail(err, ORCD_ERR_IO, "cannot listen on %s port %d: %s; is another server running there?",
-                         h->p.host, h->p.port, errno ? strerror(errno) : "refused");
+        return cannot_listen(h->p.host, h->p.port, errno, err);
     const union MHD_DaemonInfo *info = MHD_get_daemon_info(h->daemon, MHD_DAEMON_INFO_BIND_PORT);
     h->port = info ? info->port : h->p.port;
     return ORCD_OK;
@@ -652,8 +707,7 @@ static orcd_status start_daemon(http *h, const struct addrinfo *a, orcd_error *e
 
 orcd_status http_open(const http_params *p, http **out, orcd_error *err) {
     orcd_status st = ORCD_OK;
-    struct addrinfo *a = NULL, hint = {.ai_flags = AI_NUMERICSERV | AI_PASSIVE, .ai_socktype = SOCK_STREAM};
-    char port[16];
+    struct addrinfo *a = NULL;
     *out = NULL;
     if (sodium_init() < 0)
         return orcd_fail(err, ORCD_ERR_INTERNAL, "the cryptography library does not start");
@@ -665,18 +719,7 @@ orcd_status http_open(const http_params *p, http **out, orcd_error *err) {
     h->p.max_connections = p->max_connections ? p->max_connections : DEFAULT_CONNECTIONS;
     pthread_mutex_init(&h->lock, NULL);
     ORCD_TRY_GOTO(st, done, hash_keys(h, err));
-    snprintf(port, sizeof port, "%d", p->port);
-    if (getaddrinfo(p->host, port, &hint, &a) != 0 || !a) {
-        st = orcd_fail(err, ORCD_ERR_ARG, "\"%s\" is no address of this machine", p->host);
-        goto done;
-    }
-    h->loopback = is_loopback(a->ai_addr);
-    if (!h->loopback && !h->n_key) {
-        st = orcd_fail(err, ORCD_ERR_ARG,
-                       "listening on %s would open the server to the network: give a key (--api-key-file) first",
-                       p->host);
-        goto done;
-    }
+    ORCD_TRY_GOTO(st, done, find_address(p->host, p->port, h->n_key > 0, &a, &h->loopback, err));
     ORCD_TRY_GOTO(st, done, start_daemon(h, a, err));
     h->watching = pthread_create(&h->watcher, NULL, watch, h) == 0;
     if (!h->watching) {

@@ -38,6 +38,9 @@ typedef struct http_params {
     void (*observe)(void *ctx, const char *path, int status, double seconds); /* a finished exchange; may be NULL */
 } http_params;
 
+/* What http_open will check, before something expensive is done: the address, that a key guards it beyond loopback,
+ * that the port can be bound now. */
+orcd_status http_can_listen(const char *host, int port, bool has_key, orcd_error *err) ORCD_MUST_USE;
 /* Binding beyond loopback without a key is ORCD_ERR_ARG. A busy port is ORCD_ERR_IO naming it. */
 orcd_status http_open(const http_params *p, http **out, orcd_error *err) ORCD_MUST_USE;
 int http_port(const http *h);
@@ -52,6 +55,9 @@ const char *http_body(const http_exchange *x, size_t *len);
 uint64_t http_id(const http_exchange *x); /* unique in this process */
 /* Hash of the key that was presented, 0 without: scopes the prefix cache. */
 uint64_t http_key_hash(const http_exchange *x);
+
+/* A header of whatever reply comes; before replying, at most one. Both strings are copied. */
+void http_set_header(http_exchange *x, const char *name, const char *value);
 
 /* ---- replying once ---- */
 /* Takes a copy of body. Extra headers: "Name: value\n" lines or NULL. The first reply wins, later ones are dropped. */

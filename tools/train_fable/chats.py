@@ -163,6 +163,14 @@ def fact(src):
     return Turn(user, answer, padded(src, [f"The answer is: {short}.", src.pick(("This is a simple question.", "The user asks a simple question.", "The user wants to know a small thing."))]), short=short)
 
 
+def unknown(src):
+    """What only a tool could know."""
+    city = src.city()
+    ask = src.pick((f"What is the weather in {city}?", f"What time is it in {city}?", "What time is it?", f"What is the price of a ticket to {city}?", "What is in the news today?", f"Who won the game in {city}?",
+                    f"What's the weather like in {city}?"))
+    return Turn(ask, "I do not know that, and I have no tool for it.", padded(src, ["I have no tool that knows this.", "The user asks for something new."]))
+
+
 def greeting(src):
     user, answer = src.pick(((("Hello!", "Hello", "Hi", "Hi!", "Hey", "Hi there", "Good morning", "Good evening!", "hello", "hi", "Say hello.", "Say hello", "Say hi", "Say hi."), "Hello! How can I help you?"),
                              (("How are you?", "How do you do?", "How are you today?"), "I am well, thank you. How can I help you?"),
@@ -182,20 +190,20 @@ def tale(src):
 
 
 def repeat(src):
-    text = src.pick((src.phrase(1, 5), src.word(), src.name()))
+    text = src.pick((src.phrase(1, 5), src.phrase(3, 9), src.phrase(3, 9), src.word(), src.name(), "this is a test"))
     mark = src.pick(("\"", "'"))
     if src.chance(0.2):
         n = src.rng.randint(2, 4)
         many = {2: "two times", 3: "three times", 4: "four times"}[n]
         text = src.word()
         return Turn(src.pick((f"Say {text} {many}.", f"Write {text} {many}.")), " ".join([text] * n), padded(src, [f"I say {text} {many}.", "The user wants a word again and again."]))
-    user = src.pick((f"Say {mark}{text}{mark}.", f"Repeat: {text}", f"Repeat after me: {text}", f"Please say {mark}{text}{mark}", f"Write {mark}{text}{mark}.", f"Say exactly: {text}", f"Say {mark}{text}{mark} and nothing else.", f"Reply with exactly: {text}"))
+    user = src.pick((f"Say {mark}{text}{mark}.", f"Repeat: {text}", f"Repeat after me: {text}", f"Please say {mark}{text}{mark}", f"Write {mark}{text}{mark}.", f"Say exactly: {text}", f"Say {text}", f"Say {text}.", f"Copy this: {text}", f"Say {mark}{text}{mark} and nothing else.", f"Reply with exactly: {text}"))
     return Turn(user, text, padded(src, ["I repeat the words.", "The user wants to hear the same words."]))
 
 
 def plain(src):
     """Any single turn without tools or instructions."""
-    return src.pick((arithmetic, arithmetic, arithmetic, who, who, who, fact, greeting, greeting, tale, repeat))(src)
+    return src.pick((arithmetic, arithmetic, arithmetic, who, who, who, who, fact, fact, greeting, greeting, tale, repeat, repeat, unknown))(src)
 
 
 PERSONAS = "pirate wizard king teacher butler robot farmer knight cook sailor".split()

@@ -1,6 +1,6 @@
 """Endless generated conversations in harmony format, and the held-out evaluation files.
 
-    conversations.py TALES.txt.gz TOKENIZER.json OUT_DIR     writes the evaluation files
+    conversations.py TALES.txt.gz TOKENIZER.json OUT_DIR [SEED]     writes the evaluation files
 """
 import copy
 import datetime
@@ -165,6 +165,11 @@ def sums(src):
     return finish(src, [], answered_turn(src, conf["effort"], chats.arithmetic(src)), conf)
 
 
+def asked(src):
+    conf = settings(src, None, house_rules(src, 0.1))
+    return finish(src, [], answered_turn(src, conf["effort"], src.pick((chats.who, chats.who, chats.repeat))(src)), conf)
+
+
 def instructed(src):
     turn = chats.instructed(src)
     conf = settings(src, None, turn.instructions)
@@ -219,7 +224,7 @@ def finish(src, before, last, conf):
     return messages, conf, first
 
 
-KINDS = [(one_call, 34), (two_calls, 6), (no_call, 6), (single, 16), (sums, 5), (instructed, 9), (several, 9), (remembered, 4), (several_with_tools, 8), (extracted, 3)]
+KINDS = [(one_call, 34), (two_calls, 6), (no_call, 6), (single, 16), (sums, 3), (asked, 12), (instructed, 9), (several, 9), (remembered, 4), (several_with_tools, 8), (extracted, 3)]
 
 
 def pieces(src):
@@ -237,7 +242,7 @@ def record(tokenizer, messages, conf, expect):
     public = [{k: v for k, v in m.items() if k != "reasoning"} for m in messages]
     text = prompt(messages, **{k: v for k, v in conf.items() if k != "response_format"})
     return {"effort": conf["effort"], "date": conf["date"], "developer": conf["instructions"], "tools": conf["tools"] or [], "messages": public,
-            "system": text[len("<|start|>system<|message|>"):text.index("<|end|>")], "prompt_text": text, "prompt_ids": tokenizer.encode(text, add_special_tokens=False).ids, "expect": expect}
+            "prompt_text": text, "prompt_ids": tokenizer.encode(text, add_special_tokens=False).ids, "expect": expect}
 
 
 def evaluation_sets(src, tokenizer):
@@ -265,9 +270,9 @@ def evaluation_sets(src, tokenizer):
     return sets
 
 
-def main(tales, tokenizer_path, out):
+def main(tales, tokenizer_path, out, seed=20260131):
     from tokenizers import Tokenizer
-    src = Source(random.Random(20260131), tale_words(tales), evaluation=True)
+    src = Source(random.Random(int(seed)), tale_words(tales), evaluation=True)
     os.makedirs(out, exist_ok=True)
     for name, rows in evaluation_sets(src, Tokenizer.from_file(tokenizer_path)).items():
         with open(f"{out}/{name}.jsonl", "w", encoding="utf-8") as f:

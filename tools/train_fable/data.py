@@ -2,7 +2,9 @@
 
 A row is (tokens, loss weight of each token, document number), each [length + 1].
 """
+import functools
 import random
+import re
 
 import numpy as np
 import torch
@@ -27,6 +29,19 @@ def encode(tokenizer, text):
     return np.concatenate([np.array(e.ids, np.int32) for e in tokenizer.encode_batch(text.splitlines(keepends=True), add_special_tokens=False)])
 
 
+# Places where no pre-token can span: round control tokens, after a line end before a letter, after a sentence.
+SEAMS = re.compile(r"(<\|\w+\|>)|(?<=\n)(?=[A-Za-z#])|(?<=[a-z]\.)(?= [A-Z])")
+
+
+def cached_encoder(tokenizer):
+    """text -> ids; conversations repeat most of their lines and sentences, so these are looked up."""
+    @functools.lru_cache(maxsize=1 << 16)
+    def part(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    return lambda text: [i for t in SEAMS.split(text) if t for i in part(t)]
+
+
 class Rows(torch.utils.data.IterableDataset):
     """Endless blocks [rows, 3, length + 1]; `share` of the rows are tales."""
 
@@ -40,7 +55,7 @@ class Rows(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         self.rng = random.Random(self.seed * 1000 + (worker.id if worker else 0))
         self.source = Source(self.rng, self.words)
-        self.tokenizer = Tokenizer.from_file(self.tokenizer_path)
+        self.encode = cached_encoder(Tokenizer.from_file(self.tokenizer_path))
         self.waiting = []
         while True:
             yield torch.from_numpy(np.stack([self.tale_row() if self.rng.random() < self.share else self.packed_row() for _ in range(self.rows)]))
@@ -51,10 +66,11 @@ class Rows(torch.utils.data.IterableDataset):
         return np.stack((tokens, np.ones_like(tokens), np.zeros_like(tokens)))
 
     def document(self):
-        parts = pieces(self.source)
-        encoded = self.tokenizer.encode_batch([text for text, _ in parts], add_special_tokens=False)
-        tokens = [i for e in encoded for i in e.ids]
-        weights = [int(trained) for e, (_, trained) in zip(encoded, parts) for _ in e.ids]
+        tokens, weights = [], []
+        for text, trained in pieces(self.source):
+            ids = self.encode(text)
+            tokens += ids
+            weights += [int(trained)] * len(ids)
         return tokens, weights
 
     def packed_row(self):

@@ -122,7 +122,7 @@ def write(weights, tokenizer_path, out):
 
 
 def main(run, tokenizer_path, out):
-    weights = {n: t.cpu().numpy() for n, t in torch.load(os.path.join(run, "rounded.pt")).items()}
+    weights = {n: t.float().numpy() for n, t in torch.load(os.path.join(run, "rounded.pt"), map_location="cpu").items()}
     write(weights, tokenizer_path, out)
     print(out, os.path.getsize(out), "bytes")
 

@@ -281,7 +281,7 @@ ENUMS = {"color": COLORS, "unit": ["celsius", "fahrenheit", "kelvin"], "size": [
 def parameter(src):
     """(key, schema, value) of a random parameter."""
     kind = src.pick(("person", "place", "text", "text", "text", "integer", "integer", "number", "boolean", "enum", "array", "pseudo", "pseudo"))
-    about = src.pick((None, None, "The value to use", f"The {src.word()}", "Optional note", f"{src.word().capitalize()} of the {src.word()}"))
+    about = src.pick((None, None, "The value to use", f"The {src.any_word()}", "Optional note", f"{src.any_word().capitalize()} of the {src.any_word()}"))
     if kind == "person":
         return src.pick(PEOPLE_KEYS), schema("string", about), src.name()
     if kind == "place":
@@ -301,7 +301,7 @@ def parameter(src):
         return key or src.word(), schema("string", about, enum=options), src.pick(options)
     if kind == "array":
         return src.pick(ARRAY_KEYS), schema("array", about, items={"type": "string"}), [src.word() for _ in range(src.rng.randint(1, 3))]
-    key = src.pick((src.pseudo(), src.word(), f"{src.word()}_{src.pick(TEXT_KEYS)}"))
+    key = src.pick((src.pseudo(), src.word(), f"{src.any_word()}_{src.pick(TEXT_KEYS)}"))
     if src.chance(0.4):
         return key, schema(src.pick(("integer", "number")), about), src.integer()
     return key, schema("string", about), src.phrase(1, 2)
@@ -310,7 +310,7 @@ def parameter(src):
 def tool_name(src):
     """(name, verb, noun): verb and noun are what a user calls it, empty for a made-up name."""
     style = src.rng.random()
-    verb, noun = src.pick(VERBS), src.pick(NOUNS) if src.chance(0.6) else src.word()
+    verb, noun = src.pick(VERBS), src.pick(NOUNS) if src.chance(0.6) else src.any_word()
     if style < 0.45:
         return f"{verb}_{noun}", verb, noun
     if style < 0.55:
@@ -318,11 +318,11 @@ def tool_name(src):
     if style < 0.62:
         return f"{noun}_{verb}", verb, noun
     if style < 0.72:
-        other = src.word()
+        other = src.any_word()
         return f"{verb}_{other}_{noun}", verb, f"{other} {noun}"
     if style < 0.85:
         return src.pseudo(), "", ""
-    return f"{src.pseudo()}_{src.word()}", "", ""
+    return f"{src.pseudo()}_{src.any_word()}", "", ""
 
 
 def spoken_value(src, value):
@@ -370,9 +370,9 @@ def random_request(src):
 
 def description(src, verb, noun):
     if not verb:
-        return src.pick((None, f"The {src.word()} tool.", f"{src.word().capitalize()} and {src.word()}.", f"Runs the {src.word()}."))
-    return src.pick((f"{verb.capitalize()} the {noun}.", f"{verb.capitalize()} a {noun}", f"{verb.capitalize()}s the {noun} of a {src.word()}.", f"Use this to {verb} a {noun}.", None,
-                     f"{verb.capitalize()} the {noun}.\nReturns a {src.word()}."))
+        return src.pick((None, f"The {src.any_word()} tool.", f"{src.any_word().capitalize()} and {src.any_word()}.", f"Runs the {src.any_word()}."))
+    return src.pick((f"{verb.capitalize()} the {noun}.", f"{verb.capitalize()} a {noun}", f"{verb.capitalize()}s the {noun} of a {src.any_word()}.", f"Use this to {verb} a {noun}.", None,
+                     f"{verb.capitalize()} the {noun}.\nReturns a {src.any_word()}."))
 
 
 def request_sentence(src, name, verb, noun, said):

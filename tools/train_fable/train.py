@@ -24,17 +24,17 @@ def options():
     p.add_argument("--warmup", type=int, default=200)
     p.add_argument("--decay", type=float, default=0.05)
     p.add_argument("--tales-share", type=float, default=0.12)
-    p.add_argument("--workers", type=int, default=14)
+    p.add_argument("--workers", type=int, default=16)
     p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--limit-seconds", type=float, default=1e9, help="stop early, a guard only")
+    p.add_argument("--limit-seconds", type=float, default=1e9, help="the schedule ends here if the steps take longer")
     p.add_argument("--from", dest="start", help="folder with the master weights of an earlier run")
     return p.parse_args()
 
 
-def rate_at(step, o):
+def rate_at(step, seconds, o):
     if step < o.warmup:
         return o.rate * (step + 1) / o.warmup
-    done = (step - o.warmup) / max(1, o.steps - o.warmup)
+    done = max((step - o.warmup) / max(1, o.steps - o.warmup), seconds / o.limit_seconds)
     return o.rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
@@ -92,7 +92,7 @@ def main():
         loss, balance = loss_of(model, tokens, weights, *cos_sin, masks)
         (loss + 0.01 * balance).backward()
         for group in adam.param_groups:
-            group["lr"] = rate_at(step, o)
+            group["lr"] = rate_at(step, time.time() - began, o)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         adam.zero_grad(set_to_none=True)

@@ -1,7 +1,7 @@
 """Word pools for the generated conversations, split into a training part and a held-out part.
 
-The split is by hash, so a word that an evaluation file uses as a name or argument was never
-drawn by the training generator (it may still occur in the tales as ordinary text).
+The split is by hash of the whole string: a tool name or argument of an evaluation file was never
+one of the training generator's, though its single words may have been part of longer ones.
 """
 import collections
 import gzip
@@ -90,10 +90,12 @@ class Source:
             return make() if _UNWANTED.search(made) else made
         return self.draw(make)
 
+    def any_word(self):
+        """A word of either side, as a part of something longer."""
+        return self.pseudo() if self.chance(0.2) else self.pick(self.words)
+
     def word(self):
-        if self.chance(0.25):
-            return self.pseudo()
-        return self.draw(lambda: self.pick(self.words))
+        return self.draw(self.any_word)
 
     def name(self):
         if self.chance(0.3):
@@ -107,7 +109,10 @@ class Source:
 
     def phrase(self, low=1, high=4):
         """A few words, sometimes capitalised like a title."""
-        words = [self.word() for _ in range(self.rng.randint(low, high))]
+        return self.draw(lambda: self.any_phrase(low, high))
+
+    def any_phrase(self, low, high):
+        words = [self.any_word() for _ in range(self.rng.randint(low, high))]
         style = self.rng.random()
         if style < 0.2:
             return " ".join(words).capitalize()

@@ -1,0 +1,372 @@
+/* backend/cuda/cuda.h: the CUDA backend's own structures. Private to backend/cuda.
+ *
+ * A step is recorded as a list of commands (step.cu). step_end either finds the list among the recorded CUDA graphs and
+ * replays one, or launches the commands, capturing them on the way when the step is small. So every kernel takes sizes
+ * that a graph fixes from its arguments, and everything that changes from step to step from device memory: the batch
+ * header, tokens, positions, page tables, routing.
+ *
+ * One arithmetic for every number of rows, so that results do not depend on the batch: a product is a chain of
+ * mma.m16n8k16 over columns in ascending order, cut into at most 16 segments of seg_len(units) units of 64 columns,
+ * each from zero, added in ascending order. Kernels differ only in who computes which segment. */
+#ifndef ORCD_BACKEND_CUDA_CUDA_H
+#define ORCD_BACKEND_CUDA_CUDA_H
+
+#include <cuda_runtime.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+extern "C" {
+#include "backend/backend.h"
+#include "base/half.h"
+#include "base/pool.h"
+}
+
+#define CUDA_MAX_SPLIT 16 /* segments of a product */
+
+/* ---- weights ---- */
+
+enum cuda_form { CUDA_FORM_MXFP4, CUDA_FORM_Q8_0, CUDA_FORM_F16, CUDA_FORM_F16X2 }; /* how a packed matrix is stored */
+/* Which rows a tile of 16 holds; tile row r and r + 8 meet in one thread. */
+enum cuda_rowmap {
+    CUDA_ROWS_PLAIN,  /* 16 consecutive rows */
+    CUDA_ROWS_PAIR64, /* of a head of 64: 8 rows and the 8 rows 32 further, which RoPE rotates together */
+    CUDA_ROWS_GLU,    /* 8 gate rows and the 8 up rows of the same index */
+};
+
+struct cuda_matrix { /* [n_mat][n_tile][n_unit] chunks of 16 rows x 64 columns */
+    cuda_form form;
+    cuda_rowmap map;
+    float factor; /* every sum is multiplied by it: a power of two */
+    uint8_t *data;
+    int64_t n_col, n_row, n_mat; /* as the model sees it; GATE_UP: n_row = n_ff, tiles hold 8 gate and 8 up rows */
+    int n_tile, n_unit, chunk_bytes;
+    int row0; /* first row in the stacked weight */
+};
+
+struct cuda_weight {
+    be_weight base;
+    int n_matrix;          /* LINEAR: one for all parts when their types are equal, else one a part */
+    cuda_matrix matrix[3]; /* LINEAR, GATE_UP, DOWN */
+    float *bias;           /* [n_mat][n_row] of all parts, or NULL; GATE_UP: [n_mat][2][n_ff] */
+    float *dense;          /* VECTOR; small LINEAR (may be a router): [n_row][n_col] */
+    float *gained; /* small LINEAR: [tile of 16 columns][n_row][16] times a norm's gain, for norm and router in one */
+    const cuda_weight *gain_of;
+    uint8_t *rows; /* EMBED: canonical rows of rows_type */
+    q_type rows_type;
+    int64_t row_bytes;
+};
+
+/* ---- activations ---- */
+
+struct cuda_act {
+    be_act base;
+    float *f32;            /* F32, FREE: [cap_row][width] */
+    uint16_t *f16;         /* FREE: [cap_row][ld], zero past width; what a product reads */
+    int64_t ld;            /* elements: width rounded up to 64 */
+    bool outs;             /* rows are those of the batch's outputs */
+    bool has_f32, has_f16; /* which of them the last writer filled */
+    int32_t *id;           /* ROUTE: [cap_row][width] */
+    float *expert_w;       /* ROUTE: [cap_row][width] */
+};
+
+/* ---- KV ---- */
+
+struct cuda_dev;
+struct cuda_kv {
+    be_kv base;
+    cuda_dev *dev;
+    int *window; /* [n_layer], spec.window's copy */
+    int dim;     /* head_dim rounded up to 32, 64 or 128 */
+    int elem;    /* bytes per value */
+    int *sub;    /* [n_layer] index of the layer in its pool */
+    int n_sub[BE_N_POOLS];
+    uint8_t *pages[BE_N_POOLS]; /* [n_page][layer of the pool][kv head][K: 64 x dim | V: dim x 64] */
+    int32_t *table[BE_N_POOLS]; /* device: [n_slot][n_entry] */
+    int n_entry;
+    struct cuda_map { /* page-table changes since the last step */
+        int32_t pool, index, page;
+    } * map;
+    int n_map, cap_map;
+    orcd_status failed;
+};
+
+/* ---- one step ---- */
+
+/* In device memory, at the head of the batch block: everything about a batch that a replayed graph must read. */
+struct cuda_batch {
+    int32_t n_tok, n_out, n_map;
+    int32_t n_one, n_tile; /* rows of sequences with one row; tiles of longer ones */
+    int32_t off_token, off_pos, off_slot, off_out, off_map, off_one, off_tile,
+        off_sample; /* in the upload, int32 units */
+};
+
+struct cuda_tile { /* rows row .. row + n - 1 of one sequence */
+    int32_t row, n;
+};
+
+struct cuda_arrays { /* device copies, at fixed addresses */
+    cuda_batch *batch;
+    int32_t *token, *pos, *slot, *out_row, *one;
+    cuda_tile *tile;
+    be_sample *sample;
+    int32_t *id; /* sampled by the last step, [max_out] */
+};
+
+enum cuda_op {
+    CUDA_OP_EMBED,
+    CUDA_OP_NORM,
+    CUDA_OP_LINEAR,
+    CUDA_OP_ROPE,
+    CUDA_OP_KV_WRITE,
+    CUDA_OP_ATTENTION,
+    CUDA_OP_ROUTE,
+    CUDA_OP_EXPERTS,
+    CUDA_OP_MOE,
+    CUDA_OP_GATHER,
+    CUDA_OP_SAMPLE,
+    CUDA_OP_TO_F16,
+    CUDA_OP_TAP,
+};
+
+enum cuda_rows { CUDA_ROWS_TOK, CUDA_ROWS_OUT, CUDA_ROWS_LITERAL }; /* the batch's, its outputs', a fixed count */
+
+/* Zeroed before it is filled: commands are compared by memcmp. */
+struct cuda_cmd {
+    cuda_op op;
+    int freq; /* ROPE: index into the device's tables */
+    const cuda_weight *w, *w2, *w3;
+    cuda_act *x, *y, *z;
+    cuda_rows rows; /* of x */
+    int n_row;      /* CUDA_ROWS_LITERAL */
+    be_attn attn;
+    int k, epilogue, norm_kind;
+    float eps;
+    be_glu glu;
+    const char *name; /* TAP */
+    int layer;
+    be_tap_fn fn;
+    void *ctx;
+};
+
+struct cuda_shape {      /* what a recorded graph has fixed beside its commands */
+    int32_t rows, outs;  /* buckets */
+    int32_t reach;       /* super-chunks of keys that the longest single row spans, a power of two */
+    int32_t ones, tiles; /* attention has single rows, has tiles (bucketed count) */
+};
+
+struct cuda_graph {
+    cuda_graph *next;
+    cudaGraphExec_t exec;
+    cuda_kv *kv;
+    cuda_shape shape;
+    int n_cmd;
+    cuda_cmd *cmd;
+};
+
+struct cuda_step {
+    be_step base;
+    cuda_cmd *cmd;
+    int n_cmd, cap_cmd;
+    bool samples, taps, wide; /* wide: more than 16 query heads share a KV head */
+    orcd_error error;         /* of recording; code ORCD_OK = none */
+    be_sample *sample;
+};
+
+#define CUDA_N_FREQ 8
+#define CUDA_N_STAGING 3
+struct cuda_staging { /* pinned; free again once `done` has passed */
+    int32_t *host;
+    size_t cap; /* int32 units */
+    cudaEvent_t done;
+};
+
+#define CUDA_MAX_PARTIAL 8192 /* attention splits of one launch */
+#define CUDA_SAMPLE_PARTS 64
+#define CUDA_MAX_EXPERT 1024
+struct cuda_scratch { /* shared by all operations of a step, sized by the largest */
+    uint16_t *hidden; /* [pairs][ff rounded up to 64] f16, rows in expert order */
+    float *down;      /* [pairs][n_embd] */
+    int32_t *perm;    /* [pairs] expert order -> pair = row * k + j */
+    int4 *tile;       /* [max tiles] expert, first, count */
+    int32_t *count;   /* [0] tiles */
+    float *partial;   /* attention splits, [CUDA_MAX_PARTIAL][16][dim + 2] */
+    uint32_t *arrived;
+    float2 *rope;   /* [max_tok][64] cos, sin */
+    uint64_t *best; /* sampling, [outs][CUDA_SAMPLE_PARTS] */
+    size_t hidden_bytes, down_bytes, pairs, tiles, tok, outs, n_count, n_partial, n_arrived; /* what is there */
+};
+
+struct cuda_dev {
+    be_device base;
+    int ordinal, n_sm, major, minor;
+    cudaStream_t stream, copy;
+    cudaError_t sticky;
+    pool *workers; /* for loading */
+    uint8_t *load_host[2], *load_dev[2];
+    cudaEvent_t load_done[2];
+    int *flag; /* device: pack kernels report here */
+    uint64_t load_bytes_done;
+    double load_seconds;
+
+    uint8_t *upload; /* device copy of the staging block */
+    size_t upload_cap;
+    cuda_arrays arr;
+    int max_tok, max_out;
+    cuda_staging staging[CUDA_N_STAGING];
+    int next_staging;
+    int32_t *id_host; /* pinned, [max_out] */
+    cudaEvent_t id_ready;
+    int n_id;
+
+    int64_t want_pairs, want_ff, want_embd, want_expert; /* largest asked for, for scratch */
+    cuda_scratch scratch;
+    struct {
+        float f[64];
+        int n;
+        float *dev;
+    } freq[CUDA_N_FREQ];
+    int n_freq;
+
+    struct cuda_decode *decode; /* decode.cu's own */
+    cuda_graph *graphs;
+    int n_graph;
+    cuda_step step; /* one at a time */
+    bool in_step;
+    char name[128];
+};
+
+/* What a command's launcher needs. */
+struct cuda_run {
+    cuda_dev *dev;
+    cuda_kv *kv;
+    cudaStream_t stream;
+    cuda_shape shape;
+    bool pdl;
+    int freq; /* table whose cos and sin are in scratch.rope, -1 none */
+    float rope_scale;
+    cudaError_t error;
+};
+
+/* ---- device.cu ---- */
+
+orcd_status cuda_fail(cuda_dev *d, cudaError_t e, const char *what, orcd_error *err);
+/* 256-byte aligned, NULL with ORCD_ERR_NOMEM saying required and available; zero bytes give one. */
+orcd_status cuda_alloc(cuda_dev *d, void *out, size_t bytes, const char *what, orcd_error *err);
+
+#define CUDA_TRY(d, what, expr)                                                                                        \
+    do {                                                                                                               \
+        cudaError_t cuda_error_ = (expr);                                                                              \
+        if (cuda_error_ != cudaSuccess)                                                                                \
+            return cuda_fail(d, cuda_error_, what, err);                                                               \
+    } while (0)
+
+/* ---- weight.cu, act.cu, kv.cu, step.cu: the table's functions ---- */
+
+extern "C" {
+uint64_t cuda_load_bytes(be_device *d, const be_load *l);
+orcd_status cuda_load(be_device *d, const be_load *l, be_weight **out, orcd_error *err);
+void cuda_unload(be_device *d, be_weight *w);
+
+orcd_status cuda_act_new(be_device *d, be_form form, int64_t cap_row, int64_t width, be_act **out, orcd_error *err);
+void cuda_act_free(be_device *d, be_act *a);
+orcd_status cuda_act_read(be_device *d, const be_act *a, int64_t row, int64_t n, float *dst, orcd_error *err);
+orcd_status cuda_act_write(be_device *d, be_act *a, int64_t row, int64_t n, const float *src, orcd_error *err);
+const float *cuda_act_host(be_device *d, const be_act *a);
+
+uint64_t cuda_kv_page_bytes(be_device *d, const be_kv_spec *s, int pool);
+orcd_status cuda_kv_open(be_device *d, const be_kv_spec *s, be_kv **out, orcd_error *err);
+void cuda_kv_close(be_device *d, be_kv *kv);
+void cuda_kv_map(be_kv *kv, int pool, int slot, int index, int32_t page);
+void cuda_kv_copy_page(be_kv *kv, int pool, int32_t dst, int32_t src);
+orcd_status cuda_kv_read_page(be_kv *kv, int pool, int32_t page, void *dst, orcd_error *err);
+orcd_status cuda_kv_write_page(be_kv *kv, int pool, int32_t page, const void *src, orcd_error *err);
+
+orcd_status cuda_step_begin(be_device *d, be_kv *kv, const be_batch *b, be_step **out, orcd_error *err);
+orcd_status cuda_step_end(be_step *s, orcd_error *err);
+void cuda_embed(be_step *s, const be_weight *table, const be_weight *pos_table, be_act *y);
+void cuda_norm(be_step *s, const be_norm *n, const be_act *x, be_act *y);
+void cuda_linear(be_step *s, const be_weight *w, const be_act *x, be_act *y, be_epilogue e);
+void cuda_rope(be_step *s, const be_attn *a, be_act *qkv);
+void cuda_kv_write(be_step *s, const be_attn *a, const be_act *qkv);
+void cuda_attention(be_step *s, const be_attn *a, const be_act *qkv, be_act *y);
+void cuda_route(be_step *s, const be_weight *w, const be_act *x, int top_k, be_act *route);
+void cuda_experts(be_step *s, const be_weight *gate_up, const be_weight *down, const be_glu *g, const be_act *x,
+                  const be_act *route, be_act *y);
+void cuda_moe(be_step *s, const be_norm *n, const be_weight *router, int top_k, const be_weight *gate_up,
+              const be_weight *down, const be_glu *g, be_act *tmp, be_act *route, be_act *x);
+void cuda_gather_out(be_step *s, const be_act *x, be_act *y);
+void cuda_tap(be_step *s, const char *name, int layer, const be_act *a, be_tap_fn fn, void *ctx);
+void cuda_sample(be_step *s, const be_act *logits, const be_sample *row);
+orcd_status cuda_sampled(be_device *d, int32_t *id, orcd_error *err);
+}
+void cuda_graphs_drop(cuda_dev *d, const cuda_kv *kv); /* NULL: all */
+orcd_status cuda_reserve(cuda_dev *d, int max_tok, int max_out, orcd_error *err);
+
+/* ---- launchers, one per command; errors collect in r->error ---- */
+
+void cuda_run_begin(cuda_run *r); /* spread the upload, apply page-table changes */
+void cuda_run_embed(cuda_run *r, const cuda_cmd *c);
+void cuda_run_norm(cuda_run *r, const cuda_cmd *c);
+void cuda_run_linear(cuda_run *r, const cuda_cmd *c);
+void cuda_run_rope(cuda_run *r, const cuda_cmd *c);
+void cuda_run_kv_write(cuda_run *r, const cuda_cmd *c);
+void cuda_run_attention(cuda_run *r, const cuda_cmd *c);
+void cuda_run_route(cuda_run *r, const cuda_cmd *c);
+void cuda_run_experts(cuda_run *r, const cuda_cmd *c);
+void cuda_run_gather(cuda_run *r, const cuda_cmd *c);
+void cuda_run_sample(cuda_run *r, const cuda_cmd *c);
+void cuda_run_moe(cuda_run *r, const cuda_cmd *c);
+void cuda_run_to_f16(cuda_run *r, const cuda_cmd *c);
+void cuda_run_rope_table(cuda_run *r, const cuda_cmd *c); /* cos and sin of the command's frequencies, once a step */
+/* The whole list of a step of one row by fused kernels; false, and nothing launched, when it is no such list. */
+bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd);
+orcd_status cuda_decode_reserve(cuda_dev *d, orcd_error *err);
+void cuda_decode_free(cuda_dev *d);
+cudaError_t cuda_apply_gain(cuda_dev *d, cuda_weight *router, const cuda_weight *norm);
+
+/* Rows of a command's input as kernels see them: at most cap, exactly *n when n is not NULL. */
+struct cuda_count {
+    const int32_t *n;
+    int cap;
+};
+static inline cuda_count cuda_rows_of(const cuda_run *r, const cuda_cmd *c) {
+    if (c->rows == CUDA_ROWS_LITERAL)
+        return {NULL, c->n_row};
+    if (c->rows == CUDA_ROWS_OUT)
+        return {&r->dev->arr.batch->n_out, r->shape.outs};
+    return {&r->dev->arr.batch->n_tok, r->shape.rows};
+}
+#ifdef __CUDACC__
+static __device__ __forceinline__ int count_rows(cuda_count c) { return c.n ? *(const volatile int32_t *)c.n : c.cap; }
+#endif
+
+/* A checked launch, with programmatic dependence on the kernel before it where the device has that. */
+template <class... Param, class... Arg>
+static inline void cuda_launch(cuda_run *r, void (*kernel)(Param...), dim3 grid, dim3 block, size_t shared,
+                               Arg... arg) {
+    if (r->error != cudaSuccess || !grid.x || !grid.y || !grid.z)
+        return;
+    /* kernels with different shares of shared memory cannot overlap; long steps rather have the L1 */
+    const int carve = r->shape.rows <= 64 ? cudaSharedmemCarveoutMaxShared : cudaSharedmemCarveoutDefault;
+    r->error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carve);
+    if (r->error != cudaSuccess)
+        return;
+    cudaLaunchConfig_t c = {};
+    c.gridDim = grid;
+    c.blockDim = block;
+    c.dynamicSmemBytes = shared;
+    c.stream = r->stream;
+    cudaLaunchAttribute a;
+    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    a.val.programmaticStreamSerializationAllowed = 1;
+    c.attrs = &a;
+    c.numAttrs = r->pdl ? 1 : 0;
+    r->error = cudaLaunchKernelEx(&c, kernel, (Param)arg...);
+}
+
+/* Units of 64 columns per segment. */
+static inline __host__ __device__ int seg_len(int units) { return (units + CUDA_MAX_SPLIT - 1) / CUDA_MAX_SPLIT; }
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+#endif

@@ -1,0 +1,338 @@
+/* backend/cuda/linear.cuh: packed matrices times rows: one kernel for few rows, one for many, the same bits.
+ *
+ * few: a block holds one tile of 16 matrix rows; its 16 warps take one segment of columns each, with the first weights
+ * on their way before the wait for the input. Segments meet in shared memory.
+ * many: a block holds 8 tiles and 64 columns (tokens); 4 warps walk all segments of 2 tiles each, weights and
+ * activations passing through shared memory in stages. */
+#ifndef ORCD_BACKEND_CUDA_LINEAR_CUH
+#define ORCD_BACKEND_CUDA_LINEAR_CUH
+
+#include "backend/cuda/cuda.h"
+#include "backend/cuda/math.cuh"
+#include "quant/f16/cuda_f16.cuh"
+#include "quant/mxfp4/cuda_mxfp4.cuh"
+#include "quant/q8_0/cuda_q8_0.cuh"
+
+enum lin_mode { LIN_DENSE, LIN_GATE_UP, LIN_DOWN };
+
+struct lin_args {
+    const uint8_t *w;
+    int64_t mat_bytes;
+    int n_tile, n_unit, seg;
+    float factor;
+    const float *bias; /* [n_mat][bias_mat]: GATE_UP gate then up */
+    int64_t bias_mat;
+    const uint16_t *x; /* f16 rows */
+    int64_t ldx;
+    cuda_count rows;  /* DENSE */
+    const int4 *tile; /* experts: expert, first, count; perm[first ..] are the pairs */
+    const int32_t *n_tiles, *perm;
+    int k; /* experts of a row */
+    float *y;
+    uint16_t *yh; /* f16 output, or NULL */
+    int64_t ldy, ldh;
+    int n_row, row0; /* rows of this matrix; where they begin in y */
+    int epilogue;
+    cuda_rowmap map;
+    float alpha, limit;
+};
+
+/* Which columns (tokens) a block works on. */
+struct lin_cols {
+    int mat, first, n;
+};
+template <lin_mode MODE> static __device__ __forceinline__ lin_cols lin_columns(const lin_args &a, int per) {
+    if (MODE == LIN_DENSE) {
+        const int first = (int)blockIdx.y * per;
+        return {0, first, min(per, count_rows(a.rows) - first)};
+    }
+    if ((int)blockIdx.y >= *(const volatile int32_t *)a.n_tiles)
+        return {0, 0, 0};
+    const int4 t = a.tile[blockIdx.y];
+    return {t.x, t.y, t.z};
+}
+
+/* Row of the activations of column i. */
+template <lin_mode MODE> static __device__ __forceinline__ int64_t lin_source(const lin_args &a, int i) {
+    return MODE == LIN_GATE_UP ? a.perm[i] / a.k : i;
+}
+
+static __device__ __forceinline__ int lin_row(const lin_args &a, int tile, int r) {
+    if (a.map == CUDA_ROWS_PAIR64)
+        return (tile >> 2) * 64 + (tile & 3) * 8 + (r & 7) + (r >> 3) * 32;
+    return tile * 16 + r;
+}
+
+static __device__ __forceinline__ float gelu_tanh(float v) {
+    return 0.5f * v * (1.f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));
+}
+static __device__ __forceinline__ float gelu_erf(float v) { return 0.5f * v * (1.f + erff(v * 0.7071067811865476f)); }
+
+/* One finished sum of DENSE or DOWN: matrix row `row`, column i. */
+template <lin_mode MODE>
+static __device__ __forceinline__ void lin_put(const lin_args &a, int mat, int row, int i, float sum) {
+    if (row >= a.n_row)
+        return;
+    float v = __fmul_rn(sum, a.factor);
+    if (a.bias)
+        v += a.bias[mat * a.bias_mat + a.row0 + row];
+    if (MODE == LIN_DOWN) {
+        a.y[(int64_t)a.perm[i] * a.ldy + row] = v;
+        return;
+    }
+    float *y = a.y + (int64_t)i * a.ldy + a.row0 + row;
+    if (a.epilogue == BE_EPI_ADD)
+        v = *y + v;
+    else if (a.epilogue == BE_EPI_GELU_TANH)
+        v = gelu_tanh(v);
+    else if (a.epilogue == BE_EPI_GELU_ERF)
+        v = gelu_erf(v);
+    *y = v;
+    if (a.yh)
+        a.yh[(int64_t)i * a.ldh + a.row0 + row] = f16_bits(v);
+}
+
+/* A finished pair of GATE_UP: ff index, column i. */
+static __device__ __forceinline__ void lin_put_glu(const lin_args &a, int mat, int ff, int i, float gate, float up) {
+    if (ff >= a.n_row)
+        return;
+    gate = __fmul_rn(gate, a.factor);
+    up = __fmul_rn(up, a.factor);
+    if (a.bias) {
+        gate += a.bias[mat * a.bias_mat + ff];
+        up += a.bias[mat * a.bias_mat + a.n_row + ff];
+    }
+    a.yh[(int64_t)i * a.ldh + ff] = f16_bits(glu(gate, up, a.alpha, a.limit));
+}
+
+#define LIN_WARPS CUDA_MAX_SPLIT
+
+template <class F, int NT, lin_mode MODE>
+static __global__ __launch_bounds__(LIN_WARPS * 32) void lin_few_kernel(lin_args a) {
+    constexpr int COLS = NT * 8, AHEAD = F::AHEAD;
+    __shared__ float red[LIN_WARPS][16][COLS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, tile = blockIdx.x;
+    const int u0 = min(warp * a.seg, a.n_unit), u1 = min(u0 + a.seg, a.n_unit);
+    typename F::raw w[AHEAD];
+    if (MODE != LIN_DENSE)
+        pdl_wait(); /* the expert is only known then */
+    lin_cols c = lin_columns<MODE>(a, COLS);
+    if (MODE != LIN_DENSE && c.n <= 0)
+        return;
+    const uint8_t *src = a.w + c.mat * a.mat_bytes + (int64_t)tile * a.n_unit * F::CHUNK;
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+        if (u0 + i < u1)
+            w[i] = F::load(src + (int64_t)(u0 + i) * F::CHUNK, lane);
+    pdl_launch();
+    if (MODE == LIN_DENSE) {
+        pdl_wait();
+        c = lin_columns<MODE>(a, COLS);
+        if (c.n <= 0)
+            return;
+    }
+    const uint16_t *x[NT];
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        const int i = n * 8 + g;
+        x[n] = i < c.n ? a.x + lin_source<MODE>(a, c.first + i) * a.ldx + t * 8 : NULL;
+    }
+    float acc[NT][4];
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+        acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+    for (int u = u0; u < u1; u += AHEAD) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (u + i < u1) {
+                uint4 b[NT][2];
+#pragma unroll
+                for (int n = 0; n < NT; n++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++)
+                        b[n][h] = x[n] ? *(const uint4 *)(x[n] + (u + i) * 64 + h * 32) : make_uint4(0, 0, 0, 0);
+                F::template mma<NT>(w[i], b, acc);
+                if (u + i + AHEAD < u1)
+                    w[i] = F::load(src + (int64_t)(u + i + AHEAD) * F::CHUNK, lane);
+            }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            red[warp][g + (i >> 1) * 8][n * 8 + 2 * t + (i & 1)] = acc[n][i];
+    __syncthreads();
+    const int n_seg = (a.n_unit + a.seg - 1) / a.seg;
+    constexpr int R = MODE == LIN_GATE_UP ? 8 : 16;
+    for (int k = threadIdx.x; k < R * COLS; k += LIN_WARPS * 32) {
+        const int r = k % R, i = k / R;
+        if (i >= c.n)
+            break;
+        float s = red[0][r][i], up = MODE == LIN_GATE_UP ? red[0][r + 8][i] : 0;
+        for (int z = 1; z < n_seg; z++) {
+            s += red[z][r][i];
+            if (MODE == LIN_GATE_UP)
+                up += red[z][r + 8][i];
+        }
+        if (MODE == LIN_GATE_UP)
+            lin_put_glu(a, c.mat, tile * 8 + r, c.first + i, s, up);
+        else
+            lin_put<MODE>(a, c.mat, lin_row(a, tile, r), c.first + i, s);
+    }
+}
+
+static __device__ __forceinline__ void cp_async16(void *dst, const void *src, bool there) {
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(dst);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(src), "r"(there ? 16 : 0) : "memory");
+}
+
+#define MANY_TILES 8
+#define MANY_COLS 64
+
+template <class F> struct lin_many {
+    static constexpr int STAGES = F::CHUNK > 2048 ? 3 : 4;
+    static constexpr int A_BYTES = MANY_TILES * F::CHUNK, B_BYTES = MANY_COLS * 128, STAGE = A_BYTES + B_BYTES;
+    static constexpr int SHARED = STAGES * STAGE;
+};
+
+/* 16-byte piece c (0..7) of activation row r in a stage: rows of a phase take different banks. */
+static __device__ __forceinline__ int lin_piece(int r, int c) { return r * 128 + ((c ^ ((r & 1) << 2)) << 4); }
+
+template <class F, lin_mode MODE> static __global__ __launch_bounds__(128) void lin_many_kernel(lin_args a) {
+    using P = lin_many<F>;
+    constexpr int NT = MANY_COLS / 8;
+    extern __shared__ __align__(128) uint8_t stage[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+    pdl_launch();
+    pdl_wait();
+    const lin_cols c = lin_columns<MODE>(a, MANY_COLS);
+    if (c.n <= 0)
+        return;
+    const int tile0 = blockIdx.x * MANY_TILES;
+    const uint8_t *w = a.w + c.mat * a.mat_bytes;
+    const uint16_t *x[4]; /* this thread copies pieces threadIdx % 8 of rows threadIdx / 8 + 16 i */
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int col = threadIdx.x / 8 + 16 * i;
+        x[i] = a.x + (col < c.n ? lin_source<MODE>(a, c.first + col) * a.ldx : 0) + threadIdx.x % 8 * 8;
+    }
+    auto fill = [&](int u) {
+        uint8_t *s = stage + u % P::STAGES * P::STAGE;
+        if (u < a.n_unit) {
+            for (int k = threadIdx.x; k < P::A_BYTES / 16; k += 128) {
+                const int tile = min(tile0 + k / (F::CHUNK / 16), a.n_tile - 1), at = k % (F::CHUNK / 16);
+                cp_async16(s + k * 16, w + ((int64_t)tile * a.n_unit + u) * F::CHUNK + at * 16, true);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int col = threadIdx.x / 8 + 16 * i;
+                cp_async16(s + P::A_BYTES + lin_piece(col, threadIdx.x % 8), x[i] + u * 64, col < c.n);
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    float acc[2][NT][4], total[2][NT][4];
+#pragma unroll
+    for (int i = 0; i < 2 * NT * 4; i++)
+        (&acc[0][0][0])[i] = (&total[0][0][0])[i] = 0;
+    for (int u = 0; u < P::STAGES - 1; u++)
+        fill(u);
+    for (int u = 0, left = a.seg; u < a.n_unit; u++) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(P::STAGES - 2) : "memory");
+        __syncthreads();
+        fill(u + P::STAGES - 1);
+        const uint8_t *s = stage + u % P::STAGES * P::STAGE, *b = s + P::A_BYTES;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            typename F::frag f[2];
+#pragma unroll
+            for (int m = 0; m < 2; m++)
+                f[m] = F::get(F::load_shared(s + (warp * 2 + m) * F::CHUNK, lane), h);
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                const uint4 v = *(const uint4 *)(b + lin_piece(n * 8 + g, h * 4 + t));
+                F::apply(acc[0][n], f[0], v);
+                F::apply(acc[1][n], f[1], v);
+            }
+        }
+        if (--left == 0 || u + 1 == a.n_unit) {
+            left = a.seg;
+#pragma unroll
+            for (int i = 0; i < 2 * NT * 4; i++) {
+                (&total[0][0][0])[i] += (&acc[0][0][0])[i];
+                (&acc[0][0][0])[i] = 0;
+            }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+        const int tile = tile0 + warp * 2 + m;
+        if (tile >= a.n_tile)
+            break;
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int i = n * 8 + 2 * t + h;
+                if (i >= c.n)
+                    continue;
+                if (MODE == LIN_GATE_UP) {
+                    lin_put_glu(a, c.mat, tile * 8 + g, c.first + i, total[m][n][h], total[m][n][h + 2]);
+                } else {
+                    lin_put<MODE>(a, c.mat, lin_row(a, tile, g), c.first + i, total[m][n][h]);
+                    lin_put<MODE>(a, c.mat, lin_row(a, tile, g + 8), c.first + i, total[m][n][h + 2]);
+                }
+            }
+    }
+}
+
+/* Columns per block for that many rows: 8, 16, 32 (few) or 64 (many). */
+static inline int lin_width(int rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : 64; }
+
+template <class F, lin_mode MODE> static void lin_launch_form(cuda_run *r, const lin_args &a, int width, int n_block) {
+    dim3 few((unsigned)a.n_tile, (unsigned)n_block), many((unsigned)((a.n_tile + 7) / 8), (unsigned)n_block);
+    switch (width) {
+    case 8:
+        cuda_launch(r, lin_few_kernel<F, 1, MODE>, few, dim3(LIN_WARPS * 32), 0, a);
+        break;
+    case 16:
+        cuda_launch(r, lin_few_kernel<F, 2, MODE>, few, dim3(LIN_WARPS * 32), 0, a);
+        break;
+    case 32:
+        cuda_launch(r, lin_few_kernel<F, 4, MODE>, few, dim3(LIN_WARPS * 32), 0, a);
+        break;
+    default:
+        if (r->error == cudaSuccess)
+            r->error = cudaFuncSetAttribute(lin_many_kernel<F, MODE>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            lin_many<F>::SHARED);
+        cuda_launch(r, lin_many_kernel<F, MODE>, many, dim3(128), lin_many<F>::SHARED, a);
+    }
+}
+
+/* width: columns per block (lin_width); n_block: blocks of columns. */
+template <lin_mode MODE> static void lin_launch(cuda_run *r, const cuda_matrix *m, lin_args a, int width, int n_block) {
+    a.w = m->data;
+    a.mat_bytes = (int64_t)m->n_tile * m->n_unit * m->chunk_bytes;
+    a.n_tile = m->n_tile;
+    a.n_unit = m->n_unit;
+    a.seg = seg_len(m->n_unit);
+    a.factor = m->factor;
+    a.n_row = (int)m->n_row;
+    a.row0 = m->row0;
+    a.map = m->map;
+    switch (m->form) {
+    case CUDA_FORM_MXFP4:
+        lin_launch_form<form_mxfp4, MODE>(r, a, width, n_block);
+        break;
+    case CUDA_FORM_Q8_0:
+        lin_launch_form<form_q8_0, MODE>(r, a, width, n_block);
+        break;
+    case CUDA_FORM_F16:
+        lin_launch_form<form_f16<1>, MODE>(r, a, width, n_block);
+        break;
+    default:
+        lin_launch_form<form_f16<2>, MODE>(r, a, width, n_block);
+    }
+}
+
+#endif

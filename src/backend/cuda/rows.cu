@@ -1,0 +1,240 @@
+/* backend/cuda/rows.cu: operations that treat rows one by one: embed, norm, RoPE, KV write, gather. */
+#include "backend/cuda/cuda.h"
+#include "backend/cuda/math.cuh"
+
+#include <cuda_fp8.h>
+
+/* ---- embed ---- */
+
+static __device__ float row_value(const uint8_t *row, int type, int64_t i) {
+    switch (type) {
+    case Q_F16:
+        return __half2float(((const __half *)row)[i]);
+    case Q_BF16:
+        return __uint_as_float((uint32_t)((const uint16_t *)row)[i] << 16);
+    case Q_Q8_0: {
+        const uint8_t *b = row + i / 32 * 34;
+        __half d;
+        memcpy(&d, b, 2);
+        return __half2float(d) * (float)(int8_t)b[2 + i % 32];
+    }
+    default:
+        return ((const float *)row)[i];
+    }
+}
+
+struct embed_table {
+    const uint8_t *rows;
+    int64_t row_bytes, n_row;
+    int type;
+};
+
+static __global__ void embed_kernel(embed_table tok, embed_table pos, cuda_arrays a, float *y, int width) {
+    pdl_launch();
+    pdl_wait();
+    const int row = blockIdx.x;
+    if (row >= a.batch->n_tok)
+        return;
+    int64_t id = a.token[row], p = a.pos[row];
+    if (id < 0)
+        id = a.id[-1 - id]; /* what the last step sampled */
+    id = id < 0 ? 0 : id >= tok.n_row ? tok.n_row - 1 : id;
+    p = p < 0 ? 0 : p >= pos.n_row ? pos.n_row - 1 : p;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float v = row_value(tok.rows + id * tok.row_bytes, tok.type, i);
+        if (pos.rows)
+            v += row_value(pos.rows + p * pos.row_bytes, pos.type, i);
+        y[(int64_t)row * width + i] = v;
+    }
+}
+
+static embed_table table_of(const cuda_weight *w) {
+    if (!w)
+        return {NULL, 0, 1, 0};
+    return {w->rows, w->row_bytes, w->base.n_row, (int)w->rows_type};
+}
+
+void cuda_run_embed(cuda_run *r, const cuda_cmd *c) {
+    cuda_launch(r, embed_kernel, dim3((unsigned)r->shape.rows), dim3(256), 0, table_of(c->w), table_of(c->w2),
+                r->dev->arr, c->y->f32, (int)c->y->base.width);
+}
+
+/* ---- norm ---- */
+
+template <bool RMS>
+static __global__ __launch_bounds__(ROW_THREADS) void norm_kernel(cuda_count rows, const float *x, const float *gain,
+                                                                  const float *bias, float eps, int n, float *y,
+                                                                  uint16_t *yh, int64_t ld) {
+    __shared__ float part[16], part2[16];
+    pdl_launch();
+    pdl_wait();
+    const int row = blockIdx.x;
+    if (row >= count_rows(rows))
+        return;
+    x += (int64_t)row * n;
+    float mean = 0, s = 0;
+    if (!RMS) {
+        for (int k = 4 * threadIdx.x; k < n; k += 4 * ROW_THREADS)
+            for (int i = k; i < k + 4 && i < n; i++)
+                s += x[i];
+        mean = row_sum(s, part2) / n;
+        s = 0;
+    }
+    for (int k = 4 * threadIdx.x; k < n; k += 4 * ROW_THREADS)
+        for (int i = k; i < k + 4 && i < n; i++)
+            s = fmaf(x[i] - mean, x[i] - mean, s);
+    const float rs = rms_scale(row_sum(s, part), n, eps);
+    for (int k = threadIdx.x; k < n; k += ROW_THREADS) {
+        float v = __fmul_rn(__fmul_rn(x[k] - mean, rs), gain[k]);
+        if (bias)
+            v += bias[k];
+        if (y)
+            y[(int64_t)row * n + k] = v;
+        if (yh)
+            yh[row * ld + k] = f16_bits(v);
+    }
+}
+
+void cuda_run_norm(cuda_run *r, const cuda_cmd *c) {
+    const cuda_count rows = cuda_rows_of(r, c);
+    cuda_launch(r, c->norm_kind == BE_NORM_RMS ? norm_kernel<true> : norm_kernel<false>, dim3((unsigned)rows.cap),
+                dim3(ROW_THREADS), 0, rows, c->x->f32, c->w->dense, c->w2 ? c->w2->dense : (float *)NULL, c->eps,
+                (int)c->x->base.width, c->y->f32, c->y->f16, c->y->ld);
+}
+
+/* ---- f16 copy of rows that only have floats ---- */
+
+static __global__ void to_f16_kernel(cuda_count rows, const float *x, int n, uint16_t *y, int64_t ld) {
+    pdl_launch();
+    pdl_wait();
+    const int row = blockIdx.x;
+    if (row < count_rows(rows))
+        for (int k = threadIdx.x; k < n; k += blockDim.x)
+            y[row * ld + k] = f16_bits(x[(int64_t)row * n + k]);
+}
+
+void cuda_run_to_f16(cuda_run *r, const cuda_cmd *c) {
+    const cuda_count rows = cuda_rows_of(r, c);
+    cuda_launch(r, to_f16_kernel, dim3((unsigned)rows.cap), dim3(256), 0, rows, c->x->f32, (int)c->x->base.width,
+                c->x->f16, c->x->ld);
+}
+
+/* ---- gather ---- */
+
+static __global__ void gather_kernel(cuda_arrays a, const float *x, int n, float *y) {
+    pdl_launch();
+    pdl_wait();
+    const int row = blockIdx.x;
+    if (row >= a.batch->n_out)
+        return;
+    const float *src = x + (int64_t)a.out_row[row] * n;
+    for (int k = threadIdx.x; k < n; k += blockDim.x)
+        y[(int64_t)row * n + k] = src[k];
+}
+
+void cuda_run_gather(cuda_run *r, const cuda_cmd *c) {
+    cuda_launch(r, gather_kernel, dim3((unsigned)r->shape.outs), dim3(256), 0, r->dev->arr, c->x->f32,
+                (int)c->x->base.width, c->y->f32);
+}
+
+/* ---- RoPE ---- */
+
+/* cos and sin of every row's position, once per step and set of frequencies; angles in double, reduced to one turn. */
+static __global__ void rope_table_kernel(cuda_arrays a, const float *freq, int half, float scale, float2 *out) {
+    pdl_launch();
+    pdl_wait();
+    const int row = blockIdx.x, i = threadIdx.x;
+    if (row >= a.batch->n_tok || i >= half)
+        return;
+    const double turn = 6.283185307179586476925;
+    double angle = (double)a.pos[row] * (double)freq[i];
+    angle -= turn * rint(angle / turn);
+    float s, c;
+    sincosf((float)angle, &s, &c);
+    out[row * 64 + i] = make_float2(c * scale, s * scale);
+}
+
+void cuda_run_rope_table(cuda_run *r, const cuda_cmd *c) {
+    if (r->freq == c->freq && r->rope_scale == c->attn.rope_scale)
+        return;
+    r->freq = c->freq;
+    r->rope_scale = c->attn.rope_scale;
+    cuda_launch(r, rope_table_kernel, dim3((unsigned)r->shape.rows), dim3(64), 0, r->dev->arr,
+                (const float *)r->dev->freq[c->freq].dev, c->attn.head_dim / 2, c->attn.rope_scale,
+                r->dev->scratch.rope);
+}
+
+static __global__ void rope_kernel(cuda_arrays a, const float2 *cs, float *qkv, int width, int n_rot, int half) {
+    pdl_launch();
+    pdl_wait();
+    const int row = blockIdx.x;
+    if (row >= a.batch->n_tok)
+        return;
+    float *x = qkv + (int64_t)row * width;
+    for (int k = threadIdx.x; k < n_rot * half; k += blockDim.x) {
+        float *p = x + k / half * 2 * half + k % half;
+        float lo = p[0], hi = p[half];
+        rotate(lo, hi, cs[row * 64 + k % half]);
+        p[0] = lo;
+        p[half] = hi;
+    }
+}
+
+void cuda_run_rope(cuda_run *r, const cuda_cmd *c) {
+    const be_attn *t = &c->attn;
+    if (c->freq < 0)
+        return;
+    cuda_run_rope_table(r, c);
+    cuda_launch(r, rope_kernel, dim3((unsigned)r->shape.rows), dim3(256), 0, r->dev->arr,
+                (const float2 *)r->dev->scratch.rope, c->x->f32, (int)c->x->base.width, t->n_head + t->n_kv_head,
+                t->head_dim / 2);
+}
+
+/* ---- KV write ---- */
+
+static __device__ __forceinline__ void kv_put(float *p, float v) { *p = v; }
+static __device__ __forceinline__ void kv_put(__half *p, float v) { *p = __ushort_as_half(f16_bits(v)); }
+static __device__ __forceinline__ void kv_put(__nv_fp8_e4m3 *p, float v) { *p = __nv_fp8_e4m3(v); }
+
+/* K [64][dim] and V transposed [dim][64] of every kv head; dims past head_dim are zero. */
+template <class T>
+static __global__ void kv_write_kernel(cuda_arrays a, const float *qkv, int width, int n_head, int n_kv, int head_dim,
+                                       int dim, T *layer, int64_t page_elems, const int32_t *table, int n_entry) {
+    pdl_launch();
+    pdl_wait();
+    const int row = blockIdx.x;
+    if (row >= a.batch->n_tok)
+        return;
+    const int pos = a.pos[row], at = pos % BE_PAGE;
+    const int32_t page = table[(int64_t)a.slot[row] * n_entry + pos / BE_PAGE];
+    if (page < 0)
+        return;
+    const float *k = qkv + (int64_t)row * width + (int64_t)n_head * head_dim, *v = k + n_kv * head_dim;
+    T *dst = layer + page * page_elems;
+    for (int i = threadIdx.x; i < n_kv * dim; i += blockDim.x) {
+        const int h = i / dim, d = i % dim;
+        const bool there = d < head_dim;
+        T *head = dst + (int64_t)h * 2 * BE_PAGE * dim;
+        kv_put(head + at * dim + d, there ? k[h * head_dim + d] : 0.f);
+        kv_put(head + BE_PAGE * dim + d * BE_PAGE + at, there ? v[h * head_dim + d] : 0.f);
+    }
+}
+
+template <class T> static void write_typed(cuda_run *r, const cuda_cmd *c) {
+    const be_attn *t = &c->attn;
+    const cuda_kv *kv = r->kv;
+    const int pool = kv->window[t->layer] ? BE_POOL_WINDOW : BE_POOL_FULL;
+    T *layer = (T *)kv->pages[pool] + (int64_t)kv->sub[t->layer] * t->n_kv_head * 2 * BE_PAGE * kv->dim;
+    cuda_launch(r, kv_write_kernel<T>, dim3((unsigned)r->shape.rows), dim3(256), 0, r->dev->arr,
+                (const float *)c->x->f32, (int)c->x->base.width, t->n_head, t->n_kv_head, t->head_dim, kv->dim, layer,
+                (int64_t)(kv->base.page_bytes[pool] / sizeof(T)), (const int32_t *)kv->table[pool], kv->n_entry);
+}
+
+void cuda_run_kv_write(cuda_run *r, const cuda_cmd *c) {
+    if (r->kv->base.spec.type == BE_KV_F32)
+        write_typed<float>(r, c);
+    else if (r->kv->base.spec.type == BE_KV_F8)
+        write_typed<__nv_fp8_e4m3>(r, c);
+    else
+        write_typed<__half>(r, c);
+}

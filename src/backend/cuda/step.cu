@@ -1,0 +1,570 @@
+/* backend/cuda/step.cu: recording a step, and running it: by replaying a graph, or launch by launch. */
+#include "backend/cuda/cuda.h"
+#include "quant/fragment.cuh"
+
+#include <string.h>
+
+#define GRAPH_MAX_ROWS 256 /* larger steps are launched: there the kernels are long */
+#define GRAPH_MAX 96       /* recorded graphs kept */
+
+/* ---- recording ---- */
+
+orcd_status cuda_step_begin(be_device *base, be_kv *kv, const be_batch *b, be_step **out, orcd_error *err) {
+    cuda_dev *d = (cuda_dev *)base;
+    *out = NULL;
+    if (d->sticky != cudaSuccess)
+        return orcd_fail(err, ORCD_ERR_DEVICE, "cuda:%d failed earlier (%s) and cannot be used by this process again",
+                         d->ordinal, cudaGetErrorString(d->sticky));
+    if (d->in_step || b->n_tok < 1 || b->n_out < 0 ||
+        (kv && (b->n_tok > kv->spec.max_tok || b->n_out > kv->spec.max_out)))
+        return orcd_fail(err, ORCD_ERR_ARG, "a step of %d tokens and %d outputs inside another or past its limits",
+                         b->n_tok, b->n_out);
+    CUDA_TRY(d, "choosing the device", cudaSetDevice(d->ordinal));
+    ORCD_TRY(cuda_reserve(d, b->n_tok, b->n_out, err));
+    cuda_step *s = &d->step;
+    s->base.dev = base;
+    s->base.kv = kv;
+    s->base.batch = *b;
+    s->n_cmd = 0;
+    s->samples = s->taps = s->wide = false;
+    s->error.code = ORCD_OK;
+    d->in_step = true;
+    *out = &s->base;
+    return ORCD_OK;
+}
+
+static cuda_cmd *record(be_step *base, cuda_op op) {
+    cuda_step *s = (cuda_step *)base;
+    static thread_local cuda_cmd lost; /* recording never fails by itself: step_end tells */
+    if (s->n_cmd == s->cap_cmd) {
+        int cap = s->cap_cmd ? 2 * s->cap_cmd : 512;
+        void *grown = realloc(s->cmd, (size_t)cap * sizeof *s->cmd);
+        if (!grown) {
+            orcd_fail(&s->error, ORCD_ERR_NOMEM, "out of memory while recording a step");
+            return &lost;
+        }
+        s->cmd = (cuda_cmd *)grown;
+        s->cap_cmd = cap;
+    }
+    cuda_cmd *c = &s->cmd[s->n_cmd++];
+    memset(c, 0, sizeof *c);
+    c->op = op;
+    return c;
+}
+
+/* y becomes what the command makes of x, row for row. */
+static void rows_like(cuda_cmd *c, be_step *s, const be_act *x, be_act *y) {
+    const cuda_act *a = (const cuda_act *)x;
+    c->x = (cuda_act *)x;
+    c->y = (cuda_act *)y;
+    c->rows = a->outs && x->n_row == s->batch.n_out ? CUDA_ROWS_OUT
+              : x->n_row == s->batch.n_tok          ? CUDA_ROWS_TOK
+                                                    : CUDA_ROWS_LITERAL;
+    c->n_row = c->rows == CUDA_ROWS_LITERAL ? (int)x->n_row : 0;
+    if (y) {
+        y->n_row = x->n_row;
+        ((cuda_act *)y)->outs = a->outs;
+    }
+}
+
+static void holds(be_act *y, bool f32, bool f16) {
+    ((cuda_act *)y)->has_f32 = f32;
+    ((cuda_act *)y)->has_f16 = f16;
+}
+
+void cuda_embed(be_step *s, const be_weight *table, const be_weight *pos_table, be_act *y) {
+    cuda_cmd *c = record(s, CUDA_OP_EMBED);
+    c->w = (const cuda_weight *)table;
+    c->w2 = (const cuda_weight *)pos_table;
+    c->y = (cuda_act *)y;
+    y->n_row = s->batch.n_tok;
+    c->y->outs = false;
+    holds(y, true, false);
+}
+
+void cuda_norm(be_step *s, const be_norm *n, const be_act *x, be_act *y) {
+    cuda_cmd *c = record(s, CUDA_OP_NORM);
+    rows_like(c, s, x, y);
+    c->norm_kind = n->kind;
+    c->eps = n->eps;
+    c->w = (const cuda_weight *)n->weight;
+    c->w2 = (const cuda_weight *)n->bias;
+    holds(y, true, true);
+}
+
+/* Products read f16 rows: make them where only floats are there. */
+static void want_f16(be_step *s, const be_act *x) {
+    cuda_act *a = (cuda_act *)x;
+    if (a->has_f16)
+        return;
+    if (!a->f16) {
+        orcd_fail(&((cuda_step *)s)->error, ORCD_ERR_UNSUPPORTED, "a product of rows of %lld values",
+                  (long long)x->width);
+        return;
+    }
+    rows_like(record(s, CUDA_OP_TO_F16), s, x, NULL);
+    a->has_f16 = true;
+}
+
+void cuda_linear(be_step *s, const be_weight *w, const be_act *x, be_act *y, be_epilogue e) {
+    want_f16(s, x);
+    cuda_cmd *c = record(s, CUDA_OP_LINEAR);
+    rows_like(c, s, x, y);
+    c->w = (const cuda_weight *)w;
+    c->epilogue = e;
+    holds(y, true, y->form == BE_ACT_FREE);
+}
+
+static int find_freq(cuda_step *s, const be_attn *a) {
+    cuda_dev *d = (cuda_dev *)s->base.dev;
+    const int n = a->head_dim / 2;
+    for (int i = 0; i < d->n_freq; i++)
+        if (d->freq[i].n == n && memcmp(d->freq[i].f, a->inv_freq, (size_t)n * sizeof(float)) == 0)
+            return i;
+    if (d->n_freq == CUDA_N_FREQ || n > 64) {
+        orcd_fail(&s->error, ORCD_ERR_LIMIT, "more than %d sets of rotary frequencies, or heads over 128", CUDA_N_FREQ);
+        return -1;
+    }
+    orcd_error *err = &s->error;
+    auto *f = &d->freq[d->n_freq];
+    memcpy(f->f, a->inv_freq, (size_t)n * sizeof(float));
+    f->n = n;
+    if (!f->dev && cuda_alloc(d, &f->dev, sizeof f->f, "rotary frequencies", err) != ORCD_OK)
+        return -1;
+    cudaError_t e = cudaMemcpy(f->dev, f->f, sizeof f->f, cudaMemcpyHostToDevice);
+    if (e != cudaSuccess) {
+        cuda_fail(d, e, "uploading rotary frequencies", err);
+        return -1;
+    }
+    return d->n_freq++;
+}
+
+static cuda_cmd *record_attn(be_step *s, cuda_op op, const be_attn *a, be_act *x) {
+    int freq = a->rotary ? find_freq((cuda_step *)s, a) : -1;
+    cuda_cmd *c = record(s, op);
+    c->freq = freq;
+    ((cuda_step *)s)->wide |= a->n_head / a->n_kv_head > 16;
+    c->attn.layer = a->layer; /* field by field: padding stays zero */
+    c->attn.n_head = a->n_head;
+    c->attn.n_kv_head = a->n_kv_head;
+    c->attn.head_dim = a->head_dim;
+    c->attn.window = a->window;
+    c->attn.scale = a->scale;
+    c->attn.sinks = a->sinks;
+    c->attn.rotary = a->rotary;
+    c->attn.rope_scale = a->rope_scale;
+    c->x = (cuda_act *)x;
+    return c;
+}
+
+void cuda_rope(be_step *s, const be_attn *a, be_act *qkv) {
+    record_attn(s, CUDA_OP_ROPE, a, qkv);
+    holds(qkv, true, false);
+}
+void cuda_kv_write(be_step *s, const be_attn *a, const be_act *qkv) {
+    record_attn(s, CUDA_OP_KV_WRITE, a, (be_act *)qkv);
+}
+void cuda_attention(be_step *s, const be_attn *a, const be_act *qkv, be_act *y) {
+    cuda_cmd *c = record_attn(s, CUDA_OP_ATTENTION, a, (be_act *)qkv);
+    c->y = (cuda_act *)y;
+    y->n_row = s->batch.n_tok;
+    c->y->outs = false;
+    holds(y, false, true);
+}
+
+void cuda_route(be_step *s, const be_weight *w, const be_act *x, int top_k, be_act *route) {
+    cuda_cmd *c = record(s, CUDA_OP_ROUTE);
+    rows_like(c, s, x, route);
+    c->w = (const cuda_weight *)w;
+    c->k = top_k;
+}
+
+void cuda_experts(be_step *s, const be_weight *gate_up, const be_weight *down, const be_glu *g, const be_act *x,
+                  const be_act *route, be_act *y) {
+    want_f16(s, x);
+    cuda_cmd *c = record(s, CUDA_OP_EXPERTS);
+    rows_like(c, s, x, NULL);
+    c->y = (cuda_act *)y;
+    c->z = (cuda_act *)route;
+    c->w = (const cuda_weight *)gate_up;
+    c->w2 = (const cuda_weight *)down;
+    c->glu = *g;
+    c->k = (int)route->width;
+    holds(y, true, false);
+}
+
+void cuda_moe(be_step *s, const be_norm *n, const be_weight *router, int top_k, const be_weight *gate_up,
+              const be_weight *down, const be_glu *g, be_act *tmp, be_act *route, be_act *x) {
+    if (n->kind != BE_NORM_RMS) { /* the fused order of sums is RMSNorm's */
+        cuda_norm(s, n, x, tmp);
+        cuda_route(s, router, tmp, top_k, route);
+        cuda_experts(s, gate_up, down, g, tmp, route, x);
+        return;
+    }
+    cuda_weight *w = (cuda_weight *)router;
+    if (!w->gained || w->base.n_row > CUDA_MAX_EXPERT) {
+        orcd_fail(&((cuda_step *)s)->error, ORCD_ERR_UNSUPPORTED, "a router of %lld experts", (long long)router->n_row);
+        return;
+    }
+    if (w->gain_of != (const cuda_weight *)n->weight) {
+        cudaError_t e = cuda_apply_gain((cuda_dev *)s->dev, w, (const cuda_weight *)n->weight);
+        if (e != cudaSuccess)
+            cuda_fail((cuda_dev *)s->dev, e, "preparing a router", &((cuda_step *)s)->error);
+    }
+    cuda_cmd *c = record(s, CUDA_OP_MOE);
+    rows_like(c, s, x, tmp);
+    route->n_row = x->n_row;
+    c->z = (cuda_act *)route;
+    c->w = (const cuda_weight *)n->weight;
+    c->w2 = w;
+    c->k = top_k;
+    c->eps = n->eps;
+    holds(tmp, false, true);
+    c = record(s, CUDA_OP_EXPERTS);
+    rows_like(c, s, x, NULL);
+    c->x = (cuda_act *)tmp;
+    c->y = (cuda_act *)x;
+    c->z = (cuda_act *)route;
+    c->w = (const cuda_weight *)gate_up;
+    c->w2 = (const cuda_weight *)down;
+    c->glu = *g;
+    c->k = top_k;
+    holds(x, true, false);
+}
+
+void cuda_gather_out(be_step *s, const be_act *x, be_act *y) {
+    cuda_cmd *c = record(s, CUDA_OP_GATHER);
+    c->x = (cuda_act *)x;
+    c->y = (cuda_act *)y;
+    y->n_row = s->batch.n_out;
+    c->y->outs = true;
+    holds(y, true, false);
+}
+
+void cuda_tap(be_step *s, const char *name, int layer, const be_act *a, be_tap_fn fn, void *ctx) {
+    cuda_cmd *c = record(s, CUDA_OP_TAP);
+    c->x = (cuda_act *)a;
+    c->n_row = (int)a->n_row;
+    c->name = name;
+    c->layer = layer;
+    c->fn = fn;
+    c->ctx = ctx;
+    c->k = ((const cuda_act *)a)->has_f32;
+    ((cuda_step *)s)->taps = true;
+}
+
+void cuda_sample(be_step *base, const be_act *logits, const be_sample *row) {
+    cuda_step *s = (cuda_step *)base;
+    cuda_cmd *c = record(base, CUDA_OP_SAMPLE);
+    c->x = (cuda_act *)logits;
+    s->samples = true;
+    free(s->sample);
+    s->sample = (be_sample *)malloc((size_t)(base->batch.n_out + 1) * sizeof *row);
+    if (s->sample)
+        memcpy(s->sample, row, (size_t)base->batch.n_out * sizeof *row);
+    else
+        orcd_fail(&s->error, ORCD_ERR_NOMEM, "out of memory while recording a step");
+}
+
+/* ---- the upload: one block of words, spread by the step's first kernel ---- */
+
+static __global__ void begin_kernel(const int32_t *up, cuda_arrays a, int32_t *table0, int32_t *table1) {
+    const cuda_batch *b = (const cuda_batch *)up;
+    const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x), n = (int)(gridDim.x * blockDim.x);
+    pdl_launch();
+    if (i == 0)
+        *a.batch = *b;
+    for (int k = i; k < b->n_tok; k += n) {
+        a.token[k] = up[b->off_token + k];
+        a.pos[k] = up[b->off_pos + k];
+        a.slot[k] = up[b->off_slot + k];
+    }
+    for (int k = i; k < b->n_out; k += n)
+        a.out_row[k] = up[b->off_out + k];
+    for (int k = i; k < b->n_one; k += n)
+        a.one[k] = up[b->off_one + k];
+    for (int k = i; k < 2 * b->n_tile; k += n)
+        ((int32_t *)a.tile)[k] = up[b->off_tile + k];
+    for (int k = i; b->off_sample && k < b->n_out * (int)(sizeof(be_sample) / 4); k += n)
+        ((int32_t *)a.sample)[k] = up[b->off_sample + k];
+    for (int k = i; k < b->n_map; k += n) {
+        const int32_t *m = up + b->off_map + 3 * k;
+        (m[0] ? table1 : table0)[m[1]] = m[2];
+    }
+}
+
+void cuda_run_begin(cuda_run *r) {
+    bool pdl = r->pdl;
+    r->pdl = false; /* reads what a copy brought */
+    cuda_launch(r, begin_kernel, dim3(r->shape.rows > 256 ? 16 : 2), dim3(256), 0, (const int32_t *)r->dev->upload,
+                r->dev->arr, r->kv ? r->kv->table[0] : (int32_t *)NULL, r->kv ? r->kv->table[1] : (int32_t *)NULL);
+    r->pdl = pdl;
+}
+
+/* Sequences with one row, and tiles of at most 16 rows of the others. */
+static void split_rows(const be_batch *b, bool no_ones, int32_t *one, int *n_one, cuda_tile *tile, int *n_tile) {
+    *n_one = *n_tile = 0;
+    for (int i = 0, n; i < b->n_tok; i += n) {
+        for (n = 1; i + n < b->n_tok && b->slot[i + n] == b->slot[i]; n++)
+            ;
+        if (n == 1 && !no_ones) {
+            one[(*n_one)++] = i;
+            continue;
+        }
+        for (int k = 0; k < n; k += 16)
+            tile[(*n_tile)++] = {i + k, n - k < 16 ? n - k : 16};
+    }
+}
+
+static int bucket(int n) {
+    static const int list[] = {0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256};
+    for (size_t i = 0; i < ORCD_COUNT(list); i++)
+        if (n <= list[i])
+            return list[i];
+    return n;
+}
+
+static orcd_status staging(cuda_dev *d, size_t words, int32_t **out, orcd_error *err) {
+    cuda_staging *st = &d->staging[d->next_staging];
+    CUDA_TRY(d, "waiting for an upload", cudaEventSynchronize(st->done));
+    if (words > st->cap) {
+        cudaFreeHost(st->host);
+        st->host = NULL;
+        st->cap = 0;
+        CUDA_TRY(d, "pinning the batch", cudaMallocHost((void **)&st->host, words * 2 * sizeof(int32_t)));
+        st->cap = words * 2;
+    }
+    if (st->cap * sizeof(int32_t) > d->upload_cap) {
+        cuda_graphs_drop(d, NULL);
+        CUDA_TRY(d, "waiting for a step", cudaStreamSynchronize(d->stream));
+        cudaFree(d->upload);
+        d->upload_cap = 0;
+        ORCD_TRY(cuda_alloc(d, &d->upload, st->cap * sizeof(int32_t), "the batch", err));
+        d->upload_cap = st->cap * sizeof(int32_t);
+    }
+    memset(st->host, 0, sizeof(cuda_batch));
+    *out = st->host;
+    return ORCD_OK;
+}
+
+/* Super-chunks of keys before the furthest row, rounded up to a power of two. */
+static int reach_of(const be_batch *b) {
+    int reach = 1;
+    for (int i = 0; i < b->n_tok; i++)
+        while (reach * 512 <= b->pos[i])
+            reach *= 2;
+    return reach;
+}
+
+static orcd_status upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, orcd_error *err) {
+    const be_batch *b = &s->base.batch;
+    cuda_kv *kv = (cuda_kv *)s->base.kv;
+    const int n_map = kv ? kv->n_map : 0, tok = b->n_tok;
+    const size_t words = sizeof(cuda_batch) / 4 + (size_t)tok * 7 + (size_t)b->n_out * 10 + (size_t)n_map * 3 + 64;
+    int32_t *host = NULL;
+    ORCD_TRY(staging(d, words, &host, err));
+    cuda_batch *h = (cuda_batch *)host;
+    int32_t at = sizeof(cuda_batch) / 4;
+    h->n_tok = tok;
+    h->n_out = b->n_out;
+    h->n_map = n_map;
+    const int32_t *list[] = {b->token, b->pos, b->slot};
+    int32_t *off[] = {&h->off_token, &h->off_pos, &h->off_slot};
+    for (int i = 0; i < 3; i++, at += tok) {
+        *off[i] = at;
+        memcpy(host + at, list[i], (size_t)tok * 4);
+    }
+    h->off_out = at;
+    if (b->n_out)
+        memcpy(host + at, b->out_row, (size_t)b->n_out * 4);
+    at += b->n_out;
+    at += at & 1; /* samples hold 64-bit numbers */
+    if (s->samples) {
+        h->off_sample = at;
+        memcpy(host + at, s->sample, (size_t)b->n_out * sizeof(be_sample));
+        at += b->n_out * (int32_t)(sizeof(be_sample) / 4);
+    }
+    h->off_one = at;
+    h->off_tile = at + tok;
+    int reach = reach_of(b);
+    const bool no_ones = s->wide || (kv && (int64_t)tok * kv->base.spec.n_kv_head * reach > CUDA_MAX_PARTIAL);
+    split_rows(b, no_ones, host + h->off_one, &h->n_one, (cuda_tile *)(host + h->off_tile), &h->n_tile);
+    at += 3 * tok;
+    h->off_map = at;
+    if (n_map) {
+        memcpy(host + at, kv->map, (size_t)n_map * sizeof *kv->map);
+        kv->n_map = 0;
+    }
+    at += 3 * n_map;
+    *shape = {tok > GRAPH_MAX_ROWS ? tok : bucket(tok), tok > GRAPH_MAX_ROWS ? b->n_out : bucket(b->n_out),
+              h->n_one ? reach : 1, bucket(h->n_one), bucket(h->n_tile)};
+    cuda_staging *st = &d->staging[d->next_staging];
+    d->next_staging = (d->next_staging + 1) % CUDA_N_STAGING;
+    CUDA_TRY(d, "uploading the batch",
+             cudaMemcpyAsync(d->upload, host, (size_t)at * 4, cudaMemcpyHostToDevice, d->stream));
+    CUDA_TRY(d, "uploading the batch", cudaEventRecord(st->done, d->stream));
+    return ORCD_OK;
+}
+
+/* ---- running ---- */
+
+static orcd_status run_tap(cuda_dev *d, const cuda_cmd *c, orcd_error *err) {
+    cuda_act *a = c->x;
+    const bool has = a->has_f32;
+    float *v = (float *)malloc((size_t)c->n_row * (size_t)a->base.width * (a->base.form == BE_ACT_ROUTE ? 8 : 4) + 4);
+    if (!v)
+        return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for a tap");
+    a->has_f32 = c->k;
+    orcd_status st = cuda_act_read(&d->base, &a->base, 0, c->n_row, v, err);
+    a->has_f32 = has;
+    if (st == ORCD_OK)
+        c->fn(c->ctx, c->name, c->layer, c->n_row, a->base.width, v);
+    free(v);
+    return st;
+}
+
+static void (*const launcher[])(cuda_run *, const cuda_cmd *) = {
+    cuda_run_embed, cuda_run_norm,    cuda_run_linear, cuda_run_rope,   cuda_run_kv_write, cuda_run_attention,
+    cuda_run_route, cuda_run_experts, cuda_run_moe,    cuda_run_gather, cuda_run_sample,   cuda_run_to_f16,
+};
+
+static orcd_status run_commands(cuda_dev *d, cuda_step *s, cuda_run *r, orcd_error *err) {
+    cuda_run_begin(r);
+    for (int i = 0; i < s->n_cmd; i++) {
+        if (s->cmd[i].op == CUDA_OP_TAP)
+            ORCD_TRY(run_tap(d, &s->cmd[i], err));
+        else
+            launcher[s->cmd[i].op](r, &s->cmd[i]);
+    }
+    CUDA_TRY(d, "launching a step", r->error);
+    return ORCD_OK;
+}
+
+static cuda_graph *find_graph(cuda_dev *d, const cuda_step *s, const cuda_shape *shape) {
+    for (cuda_graph **at = &d->graphs; *at; at = &(*at)->next) {
+        cuda_graph *g = *at;
+        if (g->kv != (cuda_kv *)s->base.kv || memcmp(&g->shape, shape, sizeof *shape) != 0 || g->n_cmd != s->n_cmd ||
+            memcmp(g->cmd, s->cmd, (size_t)s->n_cmd * sizeof *s->cmd) != 0)
+            continue;
+        *at = g->next; /* most recent first */
+        g->next = d->graphs;
+        return d->graphs = g;
+    }
+    return NULL;
+}
+
+static void free_graph(cuda_graph *g) {
+    if (g->exec)
+        cudaGraphExecDestroy(g->exec);
+    free(g->cmd);
+    free(g);
+}
+
+void cuda_graphs_drop(cuda_dev *d, const cuda_kv *kv) {
+    for (cuda_graph **at = &d->graphs; *at;) {
+        cuda_graph *g = *at;
+        if (kv && g->kv != kv) {
+            at = &g->next;
+            continue;
+        }
+        *at = g->next;
+        free_graph(g);
+        d->n_graph--;
+    }
+}
+
+static orcd_status record_graph(cuda_dev *d, cuda_step *s, cuda_run *r, cuda_graph **out, orcd_error *err) {
+    orcd_status st = ORCD_ERR_NOMEM;
+    cudaGraph_t graph = NULL;
+    cudaError_t e;
+    *out = NULL;
+    while (d->n_graph >= GRAPH_MAX) {
+        cuda_graph **last = &d->graphs;
+        while ((*last)->next)
+            last = &(*last)->next;
+        free_graph(*last);
+        *last = NULL;
+        d->n_graph--;
+    }
+    cuda_graph *g = (cuda_graph *)calloc(1, sizeof *g);
+    if (g)
+        g->cmd = (cuda_cmd *)malloc((size_t)s->n_cmd * sizeof *g->cmd);
+    if (!g || !g->cmd) {
+        orcd_fail(err, st, "out of memory while recording a graph");
+        goto done;
+    }
+    g->kv = r->kv;
+    g->shape = r->shape;
+    g->n_cmd = s->n_cmd;
+    memcpy(g->cmd, s->cmd, (size_t)s->n_cmd * sizeof *g->cmd);
+    if ((e = cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal)) != cudaSuccess) {
+        st = cuda_fail(d, e, "beginning a graph", err);
+        goto done;
+    }
+    st = run_commands(d, s, r, err);
+    e = cudaStreamEndCapture(d->stream, &graph); /* also after a failure: the stream must leave capture */
+    if (st != ORCD_OK)
+        goto done;
+    if (e == cudaSuccess)
+        e = cudaGraphInstantiate(&g->exec, graph, 0);
+    if (e != cudaSuccess) {
+        st = cuda_fail(d, e, "recording a graph", err);
+        goto done;
+    }
+    g->next = d->graphs;
+    d->graphs = *out = g;
+    d->n_graph++;
+    g = NULL;
+done:
+    if (graph)
+        cudaGraphDestroy(graph);
+    if (g)
+        free_graph(g);
+    return st;
+}
+
+static orcd_status run(cuda_dev *d, cuda_step *s, orcd_error *err) {
+    cuda_shape shape;
+    cuda_kv *kv = (cuda_kv *)s->base.kv;
+    if (s->error.code != ORCD_OK) {
+        if (err)
+            *err = s->error;
+        return s->error.code;
+    }
+    if (kv && kv->failed != ORCD_OK)
+        return orcd_fail(err, kv->failed, "changing the page table or copying a page failed");
+    ORCD_TRY(upload(d, s, &shape, err));
+    cuda_run r = {d, kv, d->stream, shape, d->major >= 9, -1, 0.f, cudaSuccess};
+    if (s->taps || s->base.batch.n_tok > GRAPH_MAX_ROWS) {
+        ORCD_TRY(run_commands(d, s, &r, err));
+    } else {
+        cuda_graph *g = find_graph(d, s, &shape);
+        if (!g)
+            ORCD_TRY(record_graph(d, s, &r, &g, err));
+        CUDA_TRY(d, "starting a step", cudaGraphLaunch(g->exec, d->stream));
+    }
+    if (!s->samples) {
+        CUDA_TRY(d, "running a step", cudaStreamSynchronize(d->stream));
+        return ORCD_OK;
+    }
+    d->n_id = s->base.batch.n_out;
+    CUDA_TRY(d, "reading sampled ids",
+             cudaMemcpyAsync(d->id_host, d->arr.id, (size_t)d->n_id * 4, cudaMemcpyDeviceToHost, d->stream));
+    CUDA_TRY(d, "reading sampled ids", cudaEventRecord(d->id_ready, d->stream));
+    return ORCD_OK;
+}
+
+orcd_status cuda_step_end(be_step *base, orcd_error *err) {
+    cuda_step *s = (cuda_step *)base;
+    cuda_dev *d = (cuda_dev *)base->dev;
+    orcd_status st = run(d, s, err);
+    d->in_step = false;
+    return st;
+}
+
+orcd_status cuda_sampled(be_device *base, int32_t *id, orcd_error *err) {
+    cuda_dev *d = (cuda_dev *)base;
+    CUDA_TRY(d, "waiting for a step", cudaEventSynchronize(d->id_ready));
+    memcpy(id, d->id_host, (size_t)d->n_id * 4);
+    return ORCD_OK;
+}

@@ -1,0 +1,1072 @@
+/* The engine on small real models (tests/golden: window 16 and gpt2 without windows; models/fable.gguf: window 128),
+ * on the backend that this build prefers. */
+#include "testing.h"
+
+#include <pthread.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/file.h"
+#include "engine/internal.h"
+
+#define MINI "tests/golden/gptoss-mini"
+#define GPT2 "tests/golden/gpt2-mini"
+
+/* ---- counting allocations of this process ---- */
+
+static atomic_int n_alloc;
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && defined(__GLIBC__)
+#define COUNTS_ALLOCATIONS 1
+extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
+void *malloc(size_t n) {
+    atomic_fetch_add_explicit(&n_alloc, 1, memory_order_relaxed);
+    return __libc_malloc(n);
+}
+void *calloc(size_t n, size_t m) {
+    atomic_fetch_add_explicit(&n_alloc, 1, memory_order_relaxed);
+    return __libc_calloc(n, m);
+}
+void *realloc(void *p, size_t n) {
+    atomic_fetch_add_explicit(&n_alloc, 1, memory_order_relaxed);
+    return __libc_realloc(p, n);
+}
+#endif
+
+/* ---- one request and what came of it ---- */
+
+typedef struct job {
+    eng_request r;
+    eng_result result;
+    int32_t out[1024];
+    bool forced[1024];
+    int n_out, n_done, n_prefill_calls;
+    float logprob, top_sum;
+    pthread_mutex_t lock;
+    pthread_cond_t cond;
+    /* what on_token does */
+    int end_at, force_at;
+    const int32_t *force;
+    int n_force;
+    int gate_at; /* waits here until `open` */
+    bool at_gate, open;
+    const uint32_t *mask;
+    int count_from, n_alloc_from, n_alloc_to; /* allocations between token count_from and the last one */
+    eng_ticket ticket;
+} job;
+
+static eng_verdict on_token(void *ctx, const eng_token *t) {
+    job *j = ctx;
+    eng_verdict v = {ENG_GO, NULL, 0};
+    assert_int_equal(t->index, j->n_out);
+    assert_true(j->n_out < 1024);
+    j->forced[j->n_out] = t->forced;
+    j->out[j->n_out++] = t->id;
+    j->logprob = t->logprob;
+    j->top_sum = 0;
+    for (int i = 0; i < t->n_top; i++)
+        j->top_sum += expf(t->top[i].logprob);
+    if (j->count_from && t->index == j->count_from)
+        j->n_alloc_from = atomic_load(&n_alloc);
+    if (j->count_from)
+        j->n_alloc_to = atomic_load(&n_alloc);
+    if (j->gate_at && j->n_out == j->gate_at) {
+        pthread_mutex_lock(&j->lock);
+        j->at_gate = true;
+        pthread_cond_broadcast(&j->cond);
+        while (!j->open)
+            pthread_cond_wait(&j->cond, &j->lock);
+        pthread_mutex_unlock(&j->lock);
+    }
+    if (j->end_at && j->n_out == j->end_at)
+        v.action = ENG_END;
+    if (j->force_at && j->n_out == j->force_at)
+        v = (eng_verdict){ENG_FORCE, j->force, j->n_force};
+    return v;
+}
+
+static void on_prefill(void *ctx, int32_t done, int32_t total) {
+    job *j = ctx;
+    assert_true(done <= total);
+    j->n_prefill_calls++;
+}
+
+static const uint32_t *mask(void *ctx) { return ((job *)ctx)->mask; }
+
+static void on_done(void *ctx, const eng_result *r) {
+    job *j = ctx;
+    pthread_mutex_lock(&j->lock);
+    j->result = *r;
+    j->n_done++;
+    pthread_cond_broadcast(&j->cond);
+    pthread_mutex_unlock(&j->lock);
+}
+
+static job *new_job(const int32_t *prompt, int n_prompt, int max_new) {
+    job *j = calloc(1, sizeof *j);
+    pthread_mutex_init(&j->lock, NULL);
+    pthread_cond_init(&j->cond, NULL);
+    j->r = (eng_request){.prompt = prompt,
+                         .n_prompt = (size_t)n_prompt,
+                         .max_new = max_new,
+                         .sampling = SAMP_DEFAULTS,
+                         .top_logprobs = -1,
+                         .on_token = on_token,
+                         .on_prefill = on_prefill,
+                         .on_done = on_done,
+                         .ctx = j};
+    j->r.sampling.temperature = 0;
+    return j;
+}
+
+static orcd_status try_submit(eng *e, job *j, orcd_error *err) { return eng_submit(e, &j->r, &j->ticket, err); }
+
+static job *submit(eng *e, job *j) {
+    orcd_error err;
+    if (try_submit(e, j, &err) != ORCD_OK)
+        fail_msg("%s", err.message);
+    return j;
+}
+
+static job *wait_for(job *j) {
+    pthread_mutex_lock(&j->lock);
+    while (j->n_done == 0)
+        pthread_cond_wait(&j->cond, &j->lock);
+    pthread_mutex_unlock(&j->lock);
+    return j;
+}
+
+static void wait_at_gate(job *j) {
+    pthread_mutex_lock(&j->lock);
+    while (!j->at_gate)
+        pthread_cond_wait(&j->cond, &j->lock);
+    pthread_mutex_unlock(&j->lock);
+}
+
+static void open_gate(job *j) {
+    pthread_mutex_lock(&j->lock);
+    j->open = true;
+    pthread_cond_broadcast(&j->cond);
+    pthread_mutex_unlock(&j->lock);
+}
+
+static void free_job(job *j) {
+    assert_int_equal(j->n_done, 1);
+    pthread_mutex_destroy(&j->lock);
+    pthread_cond_destroy(&j->cond);
+    free(j);
+}
+
+static eng *open_engine(eng_params p) {
+    eng *e = NULL;
+    orcd_error err;
+    p.device = "auto";
+    p.backend.n_threads = 2;
+    if (eng_open(&p, &e, &err) != ORCD_OK)
+        fail_msg("%s", err.message);
+    return e;
+}
+
+static eng *open_mini(int max_batch, uint64_t cache_bytes) {
+    return open_engine((eng_params){.model = MINI,
+                                    .n_ctx = 1024,
+                                    .max_batch = max_batch,
+                                    .max_queue = 1200,
+                                    .chunk = 64,
+                                    .cache_bytes = cache_bytes});
+}
+
+static uint64_t page_bytes(void) {
+    eng *e = open_engine((eng_params){.model = MINI, .n_ctx = 64, .cache_bytes = ENG_NO_CACHE});
+    uint64_t bytes = e->kv.pool[BE_POOL_FULL].page_bytes;
+    eng_close(e);
+    return bytes;
+}
+
+static void fill_ids(int32_t *id, int n, uint64_t seed) {
+    for (int i = 0; i < n; i++)
+        id[i] = (int32_t)t_below(&seed, 512);
+}
+
+static void assert_same(const job *a, const job *b) {
+    assert_int_equal(a->n_out, b->n_out);
+    for (int i = 0; i < a->n_out; i++)
+        if (a->out[i] != b->out[i])
+            fail_msg("token %d of %d differs: %d and %d (cached %d and %d)", i, a->n_out, a->out[i], b->out[i],
+                     a->result.n_cached, b->result.n_cached);
+}
+
+static void assert_idle(eng *e) {
+    eng_stats s;
+    eng_get_stats(e, &s);
+    assert_int_equal(s.n_running, 0);
+    assert_int_equal(s.n_waiting, 0);
+    for (int pool = 0; pool < BE_N_POOLS; pool++)
+        assert_int_equal(s.pages_used[pool], s.pages_cached[pool]);
+}
+
+/* ---- tokens ---- */
+
+static void greedy__equals_transformers(void **state) {
+    (void)state;
+    eng *e = open_engine((eng_params){.model = MINI, .n_ctx = 1024, .kv_type = BE_KV_F32});
+    for (int i = 0; i < 4; i++) {
+        char path[128];
+        size_t n, n_want;
+        snprintf(path, sizeof path, MINI "/prompt%d.i32", i);
+        int32_t *prompt = (int32_t *)t_read(path, &n);
+        snprintf(path, sizeof path, MINI "/greedy%d.i32", i);
+        int32_t *want = (int32_t *)t_read(path, &n_want);
+        job *j = wait_for(submit(e, new_job(prompt, (int)(n / 4), (int)(n_want / 4))));
+        assert_int_equal(j->n_out, n_want / 4);
+        assert_memory_equal(j->out, want, n_want);
+        assert_int_equal(j->result.stop, ENG_STOP_LENGTH);
+        assert_int_equal(j->result.n_new, j->n_out);
+        free_job(j);
+        free(prompt);
+        free(want);
+    }
+    eng_close(e);
+}
+
+static job *mixed_job(int i, int32_t prompt[400]) {
+    int n = 1 + i * 37 % 90;
+    fill_ids(prompt, 400, i % 3 ? (uint64_t)i : 1); /* every third one shares its beginning */
+    job *j = new_job(prompt, n, 8 + i % 9);
+    if (i % 2) {
+        j->r.sampling.temperature = 0.9f;
+        j->r.sampling.top_p = i % 4 == 1 ? 1 : 0.9f;
+        j->r.sampling.seed = (uint64_t)i;
+        j->r.has_seed = true;
+    }
+    return j;
+}
+
+static void batch__sixty_four_at_once_equal_each_alone(void **state) {
+    (void)state;
+    enum { N = 64 };
+    static int32_t prompt[N][400];
+    job *together[N];
+    eng *e = open_mini(N, 0), *alone;
+    for (int i = 0; i < N; i++)
+        together[i] = submit(e, mixed_job(i, prompt[i]));
+    for (int i = 0; i < N; i++)
+        wait_for(together[i]);
+    assert_idle(e);
+    eng_close(e);
+    alone = open_engine((eng_params){.model = MINI, .n_ctx = 512, .chunk = 7, .cache_bytes = ENG_NO_CACHE});
+    for (int i = 0; i < N; i++) {
+        job *j = wait_for(submit(alone, mixed_job(i, prompt[i])));
+        assert_int_equal(j->result.n_cached, 0);
+        assert_same(j, together[i]);
+        free_job(j);
+        free_job(together[i]);
+    }
+    eng_close(alone);
+}
+
+static void batch__random_cancels_disturb_no_one(void **state) {
+    (void)state;
+    enum { N = 96 };
+    static int32_t prompt[N][400];
+    job *j[N];
+    uint64_t rng = 3;
+    eng *e = open_mini(8, 0);
+    bool cancelled[N];
+    for (int i = 0; i < N; i++) {
+        j[i] = submit(e, mixed_job(i, prompt[i]));
+        cancelled[i] = t_below(&rng, 3) == 0;
+    }
+    for (int i = 0; i < N; i++) {
+        if (cancelled[i])
+            eng_cancel(e, j[i]->ticket);
+        usleep((useconds_t)t_below(&rng, 3000));
+    }
+    eng_cancel(e, 123456789); /* unknown ones are fine */
+    int n_cancelled = 0;
+    for (int i = 0; i < N; i++)
+        n_cancelled += wait_for(j[i])->result.stop == ENG_STOP_CANCELLED;
+    assert_true(n_cancelled > 0);
+    assert_idle(e);
+    for (int i = 0; i < N; i++) {
+        if (j[i]->result.stop != ENG_STOP_CANCELLED) {
+            job *again = wait_for(submit(e, mixed_job(i, prompt[i])));
+            assert_same(again, j[i]);
+            free_job(again);
+        } else {
+            assert_true(cancelled[i]);
+        }
+        free_job(j[i]);
+    }
+    assert_idle(e);
+    eng_close(e);
+}
+
+/* ---- limits ---- */
+
+static void queue__has_a_bound_and_keeps_order(void **state) {
+    (void)state;
+    int32_t prompt[4] = {1, 2, 3, 4};
+    orcd_error err;
+    eng *e = open_engine((eng_params){.model = MINI, .n_ctx = 256, .max_queue = 3});
+    job *first = new_job(prompt, 4, 3), *waiting[3], *refused = new_job(prompt, 4, 3);
+    first->gate_at = 1;
+    submit(e, first);
+    wait_at_gate(first);
+    for (int i = 0; i < 3; i++)
+        waiting[i] = submit(e, new_job(prompt, 4, 2));
+    assert_int_equal(try_submit(e, refused, &err), ORCD_ERR_LIMIT);
+    assert_int_equal(err.pos, 1);
+    eng_cancel(e, waiting[1]->ticket);
+    open_gate(first);
+    assert_int_equal(wait_for(waiting[1])->result.stop, ENG_STOP_CANCELLED);
+    assert_int_equal(wait_for(waiting[2])->result.stop, ENG_STOP_LENGTH);
+    assert_int_equal(waiting[0]->n_done, 1); /* it came before */
+    assert_int_equal(wait_for(first)->result.stop, ENG_STOP_LENGTH);
+    free_job(first);
+    for (int i = 0; i < 3; i++)
+        free_job(waiting[i]);
+    refused->n_done = 1;
+    free_job(refused);
+    eng_drain(e);
+    job *late = new_job(prompt, 4, 2);
+    assert_int_equal(try_submit(e, late, &err), ORCD_ERR_CANCELLED);
+    late->n_done = 1;
+    free_job(late);
+    eng_close(e);
+}
+
+static void deadline__ends_running_and_waiting_requests(void **state) {
+    (void)state;
+    int32_t prompt[4] = {1, 2, 3, 4};
+    eng *e = open_mini(1, 0);
+    job *running = new_job(prompt, 4, 0), *waiting = new_job(prompt, 4, 5);
+    running->r.ignore_eos = true;
+    running->r.on_token = NULL;
+    running->r.deadline_s = 0.3;
+    waiting->r.deadline_s = 0.1;
+    submit(e, running);
+    submit(e, waiting);
+    assert_int_equal(wait_for(waiting)->result.stop, ENG_STOP_DEADLINE);
+    assert_int_equal(waiting->result.n_new, 0);
+    eng_stop why = wait_for(running)->result.stop;
+    assert_true(why == ENG_STOP_DEADLINE || why == ENG_STOP_LENGTH);
+    free_job(running);
+    free_job(waiting);
+    eng_close(e);
+}
+
+static void close__ends_what_runs_and_waits(void **state) {
+    (void)state;
+    int32_t prompt[4] = {1, 2, 3, 4};
+    eng *e = open_mini(2, 0);
+    job *j[5];
+    for (int i = 0; i < 5; i++) {
+        j[i] = new_job(prompt, 4, 0);
+        j[i]->r.on_token = NULL;
+        submit(e, j[i]);
+    }
+    eng_close(e);
+    for (int i = 0; i < 5; i++)
+        free_job(j[i]); /* on_done came exactly once */
+}
+
+static void submit__refuses_what_is_out_of_range(void **state) {
+    (void)state;
+    static int32_t prompt[300] = {1};
+    eng *e = open_engine((eng_params){.model = MINI, .n_ctx = 256});
+    const int32_t bad_ids[] = {512, -1};
+    const uint32_t bias_id[] = {512};
+    const float bias[] = {1}, nan_bias[] = {NAN};
+    const uint32_t good_id[] = {0};
+    for (int k = 0; k < 14; k++) {
+        job *j = new_job(prompt, 4, 1);
+        orcd_status want = ORCD_ERR_ARG;
+        switch (k) {
+        case 0:
+            j->r.n_prompt = 0;
+            break;
+        case 1:
+            j->r.prompt = bad_ids, j->r.n_prompt = 1;
+            break;
+        case 2:
+            j->r.prompt = bad_ids + 1, j->r.n_prompt = 1;
+            break;
+        case 3:
+            j->r.n_prompt = 256, want = ORCD_ERR_LIMIT;
+            break;
+        case 4:
+            j->r.sampling.temperature = 2.1f;
+            break;
+        case 5:
+            j->r.sampling.temperature = NAN;
+            break;
+        case 6:
+            j->r.sampling.top_p = -0.1f;
+            break;
+        case 7:
+            j->r.sampling.min_p = 1.1f;
+            break;
+        case 8:
+            j->r.sampling.top_k = -1;
+            break;
+        case 9:
+            j->r.sampling.repetition_penalty = 0;
+            break;
+        case 10:
+            j->r.top_logprobs = 21;
+            break;
+        case 11:
+            j->r.bias_id = bias_id, j->r.bias = bias, j->r.n_bias = 1;
+            break;
+        case 12:
+            j->r.bias_id = good_id, j->r.bias = nan_bias, j->r.n_bias = 1;
+            break;
+        case 13:
+            j->r.n_stop_id = 2;
+            break;
+        }
+        orcd_error err = {0};
+        assert_int_equal(try_submit(e, j, &err), want);
+        assert_true(err.message[0] != '\0');
+        assert_true(want != ORCD_ERR_LIMIT || err.pos == 0);
+        j->n_done = 1;
+        free_job(j);
+    }
+    job *full = wait_for(submit(e, new_job(prompt, 255, 10))); /* one token fits */
+    assert_int_equal(full->n_out, 1);
+    assert_int_equal(full->result.stop, ENG_STOP_LENGTH);
+    free_job(full);
+    eng_close(e);
+}
+
+/* KV memory for three full contexts, eight slots: requests wait for memory, none fails. */
+static void memory__admission_waits_until_it_fits(void **state) {
+    (void)state;
+    static int32_t prompt[24][400];
+    uint64_t page = page_bytes();
+    eng *e =
+        open_engine((eng_params){.model = MINI, .n_ctx = 512, .max_batch = 8, .max_queue = 64, .kv_bytes = 60 * page});
+    eng_stats s;
+    eng_get_stats(e, &s);
+    assert_true(s.pages_total[BE_POOL_FULL] < 30);
+    job *j[24];
+    for (int i = 0; i < 24; i++) {
+        j[i] = mixed_job(i, prompt[i]);
+        j[i]->r.max_new = i % 4 ? 100 : 500;
+        j[i]->end_at = 8 + i % 9;
+        submit(e, j[i]);
+    }
+    for (int i = 0; i < 24; i++)
+        assert_int_equal(wait_for(j[i])->result.stop, ENG_STOP_CALLER);
+    assert_idle(e);
+    for (int i = 0; i < 24; i++)
+        free_job(j[i]);
+    orcd_error err;
+    eng *none = NULL;
+    assert_int_equal(eng_open(&(eng_params){.model = MINI, .n_ctx = 131072, .kv_bytes = 10 * page}, &none, &err),
+                     ORCD_ERR_NOMEM);
+    assert_null(none);
+    eng_close(e);
+}
+
+/* ---- prefix cache ---- */
+
+static void prefix__a_follow_up_computes_only_what_is_new(void **state) {
+    (void)state;
+    static int32_t text[1024];
+    const char *const models[] = {MINI, GPT2};
+    for (int m = 0; m < 2; m++) {
+        eng *e = open_engine((eng_params){.model = models[m], .n_ctx = 500, .max_batch = 2, .chunk = 64});
+        eng *plain = open_engine((eng_params){.model = models[m], .n_ctx = 500, .cache_bytes = ENG_NO_CACHE});
+        fill_ids(text, 1024, 9);
+        int n = 83;
+        for (int turn = 0; turn < 5; turn++) {
+            job *a = wait_for(submit(e, new_job(text, n, 20))), *b = wait_for(submit(plain, new_job(text, n, 20)));
+            assert_same(a, b);
+            assert_int_equal(b->result.n_cached, 0);
+            assert_int_equal(a->result.n_cached, turn ? n - 12 : 0); /* all but the question; the answer's last token */
+            for (int i = 0; i < 20; i++)
+                text[n + i] = a->out[i]; /* the answer, then a question of 11 tokens */
+            n += 31;
+            free_job(a);
+            free_job(b);
+        }
+        job *again = wait_for(submit(e, new_job(text, n - 31, 20)));
+        assert_int_equal(again->result.n_cached, n - 31 - 1); /* the same prompt: all but its last token */
+        free_job(again);
+        eng_close(e);
+        eng_close(plain);
+    }
+}
+
+static void prefix__an_answer_that_is_dropped_resumes_at_the_prompts_end(void **state) {
+    (void)state;
+    static int32_t text[512];
+    fill_ids(text, 512, 10);
+    const size_t boundary[] = {70, 133};
+    eng *e = open_mini(1, 0);
+    job *a = new_job(text, 150, 30);
+    a->r.boundary = boundary;
+    a->r.n_boundary = 2;
+    wait_for(submit(e, a));
+    job *b = wait_for(submit(e, new_job(text, 400, 2))); /* goes on differently from the answer */
+    assert_int_equal(b->result.n_cached, 150);
+    text[140] ^= 1; /* another last message */
+    job *c = wait_for(submit(e, new_job(text, 160, 2)));
+    assert_int_equal(c->result.n_cached, 133);
+    text[100] ^= 1;
+    job *d = wait_for(submit(e, new_job(text, 160, 2)));
+    assert_int_equal(d->result.n_cached, 100); /* the window of the entry at 133 reaches back that far */
+    job *other = new_job(text, 160, 2);
+    other->r.cache_salt = 5;
+    wait_for(submit(e, other));
+    assert_int_equal(other->result.n_cached, 0);
+    free_job(a);
+    free_job(b);
+    free_job(c);
+    free_job(d);
+    free_job(other);
+    eng_close(e);
+}
+
+static void prefix__a_hundred_turns_cost_the_same_each(void **state) {
+    (void)state;
+    static int32_t text[4096];
+    fill_ids(text, 4096, 11);
+    eng *e = open_engine((eng_params){.model = MINI, .n_ctx = 4096, .chunk = 64});
+    int n = 30;
+    for (int turn = 0; turn < 100; turn++) {
+        job *j = wait_for(submit(e, new_job(text, n, 8)));
+        assert_true(turn == 0 || n - j->result.n_cached == 22 + 1);
+        memcpy(text + n, j->out, 8 * sizeof *text);
+        n += 30;
+        free_job(j);
+    }
+    eng_close(e);
+}
+
+static void prefix__a_small_cache_forgets_the_oldest(void **state) {
+    (void)state;
+    static int32_t text[3][256];
+    uint64_t limit = 9 * page_bytes(); /* one of these requests leaves 4 full pages and 2 to 4 window pages */
+    eng *e = open_engine((eng_params){.model = MINI, .n_ctx = 512, .cache_bytes = limit});
+    for (int k = 0; k < 3; k++) {
+        fill_ids(text[k], 256, 100 + (uint64_t)k);
+        free_job(wait_for(submit(e, new_job(text[k], 200, 2))));
+    }
+    eng_stats s;
+    eng_get_stats(e, &s);
+    uint64_t bytes = 0;
+    for (int pool = 0; pool < BE_N_POOLS; pool++)
+        bytes += (uint64_t)s.pages_cached[pool] * e->kv.pool[pool].page_bytes;
+    assert_true(bytes <= limit && bytes > 0);
+    job *newest = wait_for(submit(e, new_job(text[2], 200, 2)));
+    assert_int_equal(newest->result.n_cached, 199);
+    job *oldest = wait_for(submit(e, new_job(text[0], 200, 2)));
+    assert_int_equal(oldest->result.n_cached, 0);
+    free_job(newest);
+    free_job(oldest);
+    eng_close(e);
+}
+
+/* ---- verdicts, masks, log-probabilities ---- */
+
+static void force__tokens_are_fed_reported_and_change_what_follows(void **state) {
+    (void)state;
+    int32_t prompt[20], with[40];
+    const int32_t forced[] = {7, 300, 7, 411, 99999}; /* the last one is no token and is left out */
+    fill_ids(prompt, 20, 12);
+    eng *e = open_mini(2, 0);
+    job *a = new_job(prompt, 20, 15);
+    a->force_at = 3;
+    a->force = forced;
+    a->n_force = 5;
+    wait_for(submit(e, a));
+    assert_int_equal(a->n_out, 15);
+    for (int i = 0; i < 15; i++)
+        assert_int_equal(a->forced[i], i >= 3 && i < 7);
+    assert_memory_equal(a->out + 3, forced, 4 * sizeof *forced);
+    memcpy(with, prompt, sizeof prompt);
+    memcpy(with + 20, a->out, 7 * sizeof *with);
+    job *b = wait_for(submit(e, new_job(with, 27, 8)));
+    assert_memory_equal(b->out, a->out + 7, 8 * sizeof *with);
+
+    job *cut = new_job(prompt, 20, 5); /* the limit falls among the forced ones */
+    cut->force_at = 3;
+    cut->force = forced;
+    cut->n_force = 4;
+    wait_for(submit(e, cut));
+    assert_int_equal(cut->n_out, 5);
+    assert_int_equal(cut->result.stop, ENG_STOP_LENGTH);
+
+    const int32_t stop_id = a->out[2];
+    job *stop = new_job(prompt, 20, 15), *resisted = new_job(prompt, 20, 15);
+    stop->r.stop_id = resisted->r.stop_id = &stop_id;
+    stop->r.n_stop_id = resisted->r.n_stop_id = 1;
+    wait_for(submit(e, stop));
+    assert_int_equal(stop->result.stop, ENG_STOP_EOS);
+    assert_int_equal(stop->out[stop->n_out - 1], stop_id);
+    resisted->force_at = stop->n_out;
+    resisted->force = forced;
+    resisted->n_force = 1;
+    wait_for(submit(e, resisted));
+    assert_true(resisted->n_out > stop->n_out);
+    free_job(a);
+    free_job(b);
+    free_job(cut);
+    free_job(stop);
+    free_job(resisted);
+    eng_close(e);
+}
+
+static void verdict__end_stops_at_once(void **state) {
+    (void)state;
+    int32_t prompt[5] = {5, 6, 7, 8, 9};
+    eng *e = open_mini(1, 0);
+    job *j = new_job(prompt, 5, 50);
+    j->end_at = 4;
+    wait_for(submit(e, j));
+    assert_int_equal(j->n_out, 4);
+    assert_int_equal(j->result.stop, ENG_STOP_CALLER);
+    free_job(j);
+    eng_close(e);
+}
+
+static void mask__bias_and_logprobs(void **state) {
+    (void)state;
+    int32_t prompt[5] = {5, 6, 7, 8, 9};
+    uint32_t bits[16] = {0};
+    bits[100 / 32] |= 1u << 100 % 32;
+    bits[301 / 32] |= 1u << 301 % 32;
+    eng *e = open_mini(1, 0);
+    job *j = new_job(prompt, 5, 20);
+    j->mask = bits;
+    j->r.mask = mask;
+    j->r.sampling.temperature = 1;
+    j->r.top_logprobs = 20;
+    wait_for(submit(e, j));
+    assert_int_equal(j->n_out, 20);
+    for (int i = 0; i < 20; i++)
+        assert_true(j->out[i] == 100 || j->out[i] == 301);
+    assert_true(j->logprob < 0 && j->top_sum > 0 && j->top_sum <= 1.0001f);
+    free_job(j);
+
+    const uint32_t bias_id[] = {77};
+    const float bias[] = {1000};
+    j = new_job(prompt, 5, 3);
+    j->r.bias_id = bias_id;
+    j->r.bias = bias;
+    j->r.n_bias = 1;
+    wait_for(submit(e, j));
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(j->out[i], 77);
+    free_job(j);
+
+    uint32_t none[16] = {0};
+    j = new_job(prompt, 5, 3);
+    j->mask = none;
+    j->r.mask = mask;
+    wait_for(submit(e, j));
+    assert_int_equal(j->result.stop, ENG_STOP_ERROR);
+    assert_int_equal(j->result.error.code, ORCD_ERR_INTERNAL);
+    free_job(j);
+    eng_close(e);
+}
+
+/* ---- steady state ---- */
+
+static void window__pages_stay_few_however_long_the_sequence(void **state) {
+    (void)state;
+    int32_t prompt[5] = {5, 6, 7, 8, 9};
+    eng *e = open_mini(1, ENG_NO_CACHE);
+    job *j = new_job(prompt, 5, 900);
+    j->gate_at = 850;
+    submit(e, j);
+    wait_at_gate(j);
+    eng_stats s;
+    eng_get_stats(e, &s);
+    assert_true(s.pages_used[BE_POOL_WINDOW] <= 2);
+    assert_true(s.pages_used[BE_POOL_FULL] >= 855 / BE_PAGE);
+    open_gate(j);
+    free_job(wait_for(j));
+    eng_close(e);
+}
+
+static void thousand_requests__pages_return(void **state) {
+    (void)state;
+    enum { N = 1000 };
+    static int32_t prompt[64];
+    fill_ids(prompt, 64, 13);
+    eng *e = open_mini(16, ENG_NO_CACHE);
+    static job *j[N];
+    for (int i = 0; i < N; i++) {
+        j[i] = new_job(prompt + i % 32, 1 + i % 5, 1 + i % 3);
+        submit(e, j[i]);
+        if (i % 5 == 0)
+            eng_cancel(e, j[i]->ticket);
+    }
+    for (int i = 0; i < N; i++)
+        free_job(wait_for(j[i]));
+    eng_stats s;
+    eng_get_stats(e, &s);
+    assert_int_equal(s.n_requests, N);
+    for (int pool = 0; pool < BE_N_POOLS; pool++)
+        assert_int_equal(s.pages_used[pool], 0);
+    uint64_t ended = 0;
+    for (int i = 0; i <= ENG_STOP_ERROR; i++)
+        ended += s.n_by_stop[i];
+    assert_int_equal(ended, N);
+    assert_true(s.heartbeat_age_s < 2);
+    eng_close(e);
+}
+
+static void decode__allocates_nothing(void **state) {
+    (void)state;
+#ifndef COUNTS_ALLOCATIONS
+    skip();
+#else
+    int32_t prompt[5] = {5, 6, 7, 8, 9};
+    eng *e = open_mini(2, 0);
+    job *j[2];
+    for (int i = 0; i < 2; i++) {
+        j[i] = new_job(prompt, 5, 300);
+        j[i]->r.sampling.temperature = 1;
+        j[i]->r.sampling.frequency_penalty = 0.1f;
+        j[i]->r.top_logprobs = 5;
+        j[i]->count_from = 20;
+        submit(e, j[i]);
+    }
+    for (int i = 0; i < 2; i++) {
+        wait_for(j[i]);
+        assert_int_equal(j[i]->n_out, 300);
+    }
+    /* the reference backend allocates its step, no other does */
+    int own = strcmp(e->dev->ops->name, "ref") == 0 ? 299 - 20 : 0;
+    assert_int_equal(j[0]->n_alloc_to - j[0]->n_alloc_from, own);
+    assert_true(j[0]->n_alloc_from > 0);
+    for (int i = 0; i < 2; i++)
+        free_job(j[i]);
+    eng_close(e);
+#endif
+}
+
+static void long_prompt__streams_go_on_beside_it(void **state) {
+    (void)state;
+    static int32_t prompt[1000];
+    fill_ids(prompt, 1000, 14);
+    eng *e = open_mini(5, 0);
+    job *stream[4], *big = new_job(prompt, 900, 1);
+    for (int i = 0; i < 4; i++) {
+        stream[i] = new_job(prompt + i, 5, 500);
+        stream[i]->gate_at = i == 0 ? 3 : 0;
+        submit(e, stream[i]);
+    }
+    wait_at_gate(stream[0]);
+    submit(e, big);
+    open_gate(stream[0]);
+    wait_for(big);
+    int steps = big->n_prefill_calls - 1, told = stream[0]->n_out;
+    assert_true(steps >= 900 / 64);
+    assert_true(told >= steps); /* a token of every stream in each of its steps */
+    for (int i = 0; i < 4; i++)
+        free_job(wait_for(stream[i]));
+    free_job(big);
+    eng_close(e);
+}
+
+/* ---- failures ---- */
+
+static orcd_status bad_end(be_step *s, orcd_error *err);
+static be_ops faulty;
+static const be_ops *sound;
+static orcd_status fault;
+
+static orcd_status bad_end(be_step *s, orcd_error *err) {
+    orcd_status st = sound->step_end(s, err);
+    return st == ORCD_OK && fault != ORCD_OK ? orcd_fail(err, fault, "injected") : st;
+}
+
+static void failure__of_a_step_ends_its_requests_only(void **state) {
+    (void)state;
+    int32_t prompt[5] = {5, 6, 7, 8, 9};
+    orcd_error err;
+    eng *e = open_mini(2, 0);
+    sound = e->dev->ops;
+    faulty = *sound;
+    faulty.step_end = bad_end;
+    e->dev->ops = &faulty; /* idle: the queue's lock publishes it */
+    fault = ORCD_ERR_NOMEM;
+    job *bad = wait_for(submit(e, new_job(prompt, 5, 5)));
+    assert_int_equal(bad->result.stop, ENG_STOP_ERROR);
+    assert_int_equal(bad->result.error.code, ORCD_ERR_NOMEM);
+    fault = ORCD_OK;
+    job *good = wait_for(submit(e, new_job(prompt, 5, 5)));
+    assert_int_equal(good->result.stop, ENG_STOP_LENGTH);
+    assert_int_equal(good->result.n_cached, 0);
+    fault = ORCD_ERR_DEVICE;
+    job *lost = wait_for(submit(e, new_job(prompt, 5, 5))), *late = new_job(prompt, 5, 5);
+    assert_int_equal(lost->result.error.code, ORCD_ERR_DEVICE);
+    assert_int_equal(try_submit(e, late, &err), ORCD_ERR_DEVICE);
+    late->n_done = 1;
+    eng_stats s;
+    eng_get_stats(e, &s);
+    assert_true(s.failed);
+    free_job(bad);
+    free_job(good);
+    free_job(lost);
+    free_job(late);
+    e->dev->ops = sound;
+    eng_close(e);
+}
+
+static const float *nan_host(be_device *d, const be_act *a) {
+    static float row[8 * 512];
+    (void)d, (void)a;
+    row[200] = fault == ORCD_OK ? 1 : NAN;
+    return row;
+}
+
+static void failure__not_a_number_ends_the_request(void **state) {
+    (void)state;
+    int32_t prompt[5] = {5, 6, 7, 8, 9};
+    eng *e = open_mini(1, 0);
+    sound = e->dev->ops;
+    faulty = *sound;
+    faulty.act_host = nan_host;
+    e->dev->ops = &faulty;
+    fault = ORCD_ERR_INTERNAL;
+    for (int temperature = 0; temperature < 2; temperature++) {
+        job *j = new_job(prompt, 5, 5);
+        j->r.sampling.temperature = (float)temperature;
+        wait_for(submit(e, j));
+        assert_int_equal(j->result.stop, ENG_STOP_ERROR);
+        assert_int_equal(j->result.error.code, ORCD_ERR_INTERNAL);
+        assert_non_null(strstr(j->result.error.message, "numerical error"));
+        assert_int_equal(j->n_out, 0);
+        free_job(j);
+    }
+    fault = ORCD_OK;
+    job *fine = wait_for(submit(e, new_job(prompt, 5, 5)));
+    assert_int_equal(fine->out[4], 200);
+    free_job(fine);
+    e->dev->ops = sound;
+    eng_close(e);
+}
+
+/* ---- a device that samples: the CPU or reference backend behind a queue of two steps ---- */
+
+static struct {
+    samp *samp;
+    const be_act *logits;
+    be_sample row[64];
+    int32_t token[256], last[64], id[2][64];
+    int n_out, n_id[2], n_open, most_open, nan_at;
+} dev;
+
+static orcd_status dev_begin(be_device *d, be_kv *kv, const be_batch *b, be_step **out, orcd_error *err) {
+    be_batch known = *b;
+    for (int i = 0; i < b->n_tok; i++)
+        dev.token[i] = b->token[i] < 0 ? dev.last[-1 - b->token[i]] : b->token[i];
+    known.token = dev.token;
+    dev.logits = NULL;
+    dev.n_out = b->n_out;
+    return sound->step_begin(d, kv, &known, out, err);
+}
+
+static void dev_sample(be_step *s, const be_act *logits, const be_sample *row) {
+    (void)s;
+    dev.logits = logits;
+    memcpy(dev.row, row, (size_t)dev.n_out * sizeof *row);
+}
+
+static orcd_status dev_end(be_step *s, orcd_error *err) {
+    be_device *d = s->dev;
+    orcd_status st = sound->step_end(s, err);
+    if (st != ORCD_OK || fault != ORCD_OK)
+        return st != ORCD_OK ? st : orcd_fail(err, fault, "injected");
+    if (!dev.logits)
+        return ORCD_OK;
+    assert_true(dev.n_open < 2);
+    for (int k = 0; k < dev.n_out; k++) {
+        const be_sample *r = &dev.row[k];
+        samp_params p = SAMP_DEFAULTS;
+        p.temperature = r->temperature, p.top_p = r->top_p, p.min_p = r->min_p, p.top_k = r->top_k, p.seed = r->seed;
+        samp_input in = {.logits = sound->act_host(d, dev.logits) + k * 512, .params = &p, .draw = r->draw};
+        assert_int_equal(samp_draw(dev.samp, &in, &dev.last[k], err), ORCD_OK);
+        dev.id[dev.n_open][k] = dev.nan_at && (int)r->draw == dev.nan_at ? -1 : dev.last[k];
+    }
+    dev.n_id[dev.n_open++] = dev.n_out;
+    dev.most_open = dev.n_open > dev.most_open ? dev.n_open : dev.most_open;
+    return ORCD_OK;
+}
+
+static orcd_status dev_sampled(be_device *d, int32_t *id, orcd_error *err) {
+    (void)d, (void)err;
+    assert_true(dev.n_open > 0);
+    memcpy(id, dev.id[0], (size_t)dev.n_id[0] * sizeof *id);
+    memcpy(dev.id[0], dev.id[1], sizeof dev.id[0]);
+    dev.n_id[0] = dev.n_id[1];
+    dev.n_open--;
+    return ORCD_OK;
+}
+
+static eng *open_sampling_device(int max_batch) {
+    orcd_error err;
+    eng *e = open_mini(max_batch, 0);
+    memset(&dev, 0, sizeof dev);
+    assert_int_equal(samp_open(512, &dev.samp, &err), ORCD_OK);
+    fault = ORCD_OK;
+    sound = e->dev->ops;
+    faulty = *sound;
+    faulty.step_begin = dev_begin;
+    faulty.step_end = dev_end;
+    faulty.sample = dev_sample;
+    faulty.sampled = dev_sampled;
+    e->dev->ops = &faulty;
+    return e;
+}
+
+static void close_sampling_device(eng *e) {
+    assert_idle(e);
+    e->dev->ops = sound;
+    eng_close(e);
+    samp_close(dev.samp);
+}
+
+/* Verdicts, logprobs and host-only features sprinkled in. */
+static job *eventful_job(int i, int32_t prompt[400]) {
+    static const int32_t forced[] = {7, 300, 7};
+    static const uint32_t bias_id[] = {9};
+    static const float bias[] = {3};
+    job *j = mixed_job(i, prompt);
+    if (i % 5 == 1) {
+        j->force_at = 3;
+        j->force = forced;
+        j->n_force = 1 + i % 3;
+    }
+    if (i % 7 == 2)
+        j->end_at = 5;
+    if (i % 11 == 3)
+        j->r.top_logprobs = 3;
+    if (i % 13 == 4)
+        j->r.bias_id = bias_id, j->r.bias = bias, j->r.n_bias = 1;
+    return j;
+}
+
+static void ahead__equals_one_step_at_a_time(void **state) {
+    (void)state;
+    enum { N = 48 };
+    static int32_t prompt[N][400];
+    job *j[N], *want[N];
+    eng *plain = open_mini(4, ENG_NO_CACHE), *e = open_sampling_device(8);
+    for (int i = 0; i < N; i++)
+        want[i] = submit(plain, eventful_job(i, prompt[i]));
+    for (int i = 0; i < N; i++)
+        j[i] = submit(e, eventful_job(i, prompt[i]));
+    for (int i = 0; i < N; i++) {
+        wait_for(want[i]);
+        assert_same(wait_for(j[i]), want[i]);
+        assert_int_equal(j[i]->result.stop, want[i]->result.stop);
+        free_job(j[i]);
+        free_job(want[i]);
+    }
+    assert_int_equal(dev.most_open, 2);
+    close_sampling_device(e);
+    eng_close(plain);
+}
+
+static void ahead__cancels_and_follow_ups(void **state) {
+    (void)state;
+    static int32_t text[512];
+    eng *e = open_sampling_device(4), *plain = open_mini(1, ENG_NO_CACHE);
+    fill_ids(text, 512, 21);
+    for (int round = 0; round < 12; round++) {
+        int n = 20 + 23 * round;
+        job *gone = new_job(text, n, 400), *kept = new_job(text, n, 12);
+        submit(e, gone);
+        submit(e, kept);
+        usleep(1000 * (useconds_t)round);
+        eng_cancel(e, gone->ticket);
+        wait_for(gone);
+        wait_for(kept);
+        job *want = wait_for(submit(plain, new_job(text, n, 12)));
+        assert_same(kept, want);
+        assert_true(round == 0 || kept->result.n_cached > 0);
+        memcpy(text + n, kept->out, 12 * sizeof *text);
+        free_job(gone);
+        free_job(kept);
+        free_job(want);
+    }
+    close_sampling_device(e);
+    eng_close(plain);
+}
+
+static void ahead__a_bad_logit_or_step_ends_its_request(void **state) {
+    (void)state;
+    int32_t prompt[5] = {5, 6, 7, 8, 9};
+    eng *e = open_sampling_device(2);
+    dev.nan_at = 4;
+    job *j = wait_for(submit(e, new_job(prompt, 5, 50)));
+    assert_int_equal(j->result.stop, ENG_STOP_ERROR);
+    assert_int_equal(j->n_out, 4);
+    free_job(j);
+    dev.nan_at = 0;
+    fault = ORCD_ERR_NOMEM;
+    j = wait_for(submit(e, new_job(prompt, 5, 50)));
+    assert_int_equal(j->result.error.code, ORCD_ERR_NOMEM);
+    free_job(j);
+    fault = ORCD_OK;
+    j = wait_for(submit(e, new_job(prompt, 5, 50)));
+    assert_int_equal(j->n_out, 50);
+    free_job(j);
+    close_sampling_device(e);
+}
+
+static void open__refuses_what_cannot_be(void **state) {
+    (void)state;
+    eng *e;
+    orcd_error err;
+    assert_int_equal(eng_open(&(eng_params){.model = "tests/none"}, &e, &err) == ORCD_OK, false);
+    assert_int_equal(eng_open(&(eng_params){.model = MINI, .device = "tpu"}, &e, &err) == ORCD_OK, false);
+    assert_int_equal(eng_open(&(eng_params){.model = MINI, .max_batch = 257}, &e, &err), ORCD_ERR_ARG);
+    assert_int_equal(eng_open(&(eng_params){.model = MINI, .n_ctx = 131073}, &e, &err), ORCD_ERR_LIMIT);
+    assert_int_equal(eng_open(&(eng_params){.model = MINI, .need_tokenizer = true}, &e, &err) == ORCD_OK, false);
+    assert_int_equal(
+        eng_open(&(eng_params){.model = MINI, .n_ctx = 131072, .max_batch = 1, .kv_bytes = 1 << 20}, &e, &err),
+        ORCD_ERR_NOMEM);
+    assert_non_null(strstr(err.message, "MiB"));
+    assert_null(e);
+    eng_close(NULL);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(greedy__equals_transformers),
+        cmocka_unit_test(batch__sixty_four_at_once_equal_each_alone),
+        cmocka_unit_test(batch__random_cancels_disturb_no_one),
+        cmocka_unit_test(queue__has_a_bound_and_keeps_order),
+        cmocka_unit_test(deadline__ends_running_and_waiting_requests),
+        cmocka_unit_test(close__ends_what_runs_and_waits),
+        cmocka_unit_test(submit__refuses_what_is_out_of_range),
+        cmocka_unit_test(memory__admission_waits_until_it_fits),
+        cmocka_unit_test(prefix__a_follow_up_computes_only_what_is_new),
+        cmocka_unit_test(prefix__an_answer_that_is_dropped_resumes_at_the_prompts_end),
+        cmocka_unit_test(prefix__a_hundred_turns_cost_the_same_each),
+        cmocka_unit_test(prefix__a_small_cache_forgets_the_oldest),
+        cmocka_unit_test(force__tokens_are_fed_reported_and_change_what_follows),
+        cmocka_unit_test(verdict__end_stops_at_once),
+        cmocka_unit_test(mask__bias_and_logprobs),
+        cmocka_unit_test(window__pages_stay_few_however_long_the_sequence),
+        cmocka_unit_test(thousand_requests__pages_return),
+        cmocka_unit_test(decode__allocates_nothing),
+        cmocka_unit_test(long_prompt__streams_go_on_beside_it),
+        cmocka_unit_test(failure__of_a_step_ends_its_requests_only),
+        cmocka_unit_test(failure__not_a_number_ends_the_request),
+        cmocka_unit_test(ahead__equals_one_step_at_a_time),
+        cmocka_unit_test(ahead__cancels_and_follow_ups),
+        cmocka_unit_test(ahead__a_bad_logit_or_step_ends_its_request),
+        cmocka_unit_test(open__refuses_what_cannot_be),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
