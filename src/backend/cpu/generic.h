@@ -214,18 +214,26 @@ static inline void gen_quantise(const float *x, int64_t n, uint8_t *row) {
     int32_t *c64 = (int32_t *)(row + n64 * 132), *c32 = (int32_t *)(row + n64 * 136),
             *c16 = (int32_t *)(row + n64 * 144);
     for (int64_t b = 0; b < n64; b++) {
-        float v[64] = {0}, lane[16] = {0}, top = 0;
+        float v[64] = {0}, lane[16] = {0}, broken[16] = {0}, top = 0;
         memcpy(v, x + b * 64, (size_t)(n - b * 64 < 64 ? n - b * 64 : 64) * sizeof *v);
         for (int i = 0; i < 64; i += 16)
             for (int r = 0; r < 16; r++) {
                 float a = fabsf(v[i + r]);
                 lane[r] = a > lane[r] ? a : lane[r];
+                broken[r] += a * 0; /* NaN for a NaN or an infinity */
             }
-        for (int i = 0; i < 16; i++)
+        for (int i = 0; i < 16; i++) {
             top = lane[i] > top ? lane[i] : top;
+            broken[0] += broken[i];
+        }
         float inv = 32512 / top;
-        if (!(top > 1e-30f) || !(top < 1e30f)) /* nothing worth keeping, or not a number */
+        if (!(top > 1e-30f)) /* nothing worth keeping */
             top = inv = 0;
+        if (broken[0] != 0 || top > 1e30f) { /* codes of zeros under a scale of NaN: the outputs are NaN */
+            memset(v, 0, sizeof v);
+            inv = 0;
+            top = NAN;
+        }
         int32_t q[64], sum[4] = {0};
         for (int i = 0; i < 64; i++) {
             q[i] = (int32_t)gen_round(v[i] * inv);
