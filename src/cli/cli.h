@@ -66,6 +66,9 @@ int cli_usage(const cli_command *c, const char *fmt, ...) ORCD_PRINTF(2, 3);
 /* MODEL or, when NULL, the bundled one: beside the program, one folder up, or in ../share/orcd. */
 orcd_status cli_model_path(const char *given, char *path, size_t cap, orcd_error *err) ORCD_MUST_USE;
 
+/* The whole of a file, or of standard input for "-", NUL-terminated; free() it. */
+orcd_status cli_read_text(const char *path, char **text, size_t *len, orcd_error *err) ORCD_MUST_USE;
+
 /* A file of little-endian int32 token ids, at least one; the caller frees *out with ids_free. */
 orcd_status cli_read_ids(const char *path, ids *out, orcd_error *err) ORCD_MUST_USE;
 

@@ -13,15 +13,10 @@ samp_params sampling_of(const sampling_options *o) {
                          .seed = o->seed.value};
 }
 
-orcd_status open_engine(const engine_options *o, const char *model, bool need_tokenizer, eng **out, orcd_error *err) {
-    char path[4096];
-    bar b;
-    ORCD_TRY(cli_model_path(model, path, sizeof path, err));
-    bar_begin(&b, "loading", "B");
-    eng_params p = {
+eng_params engine_params(const engine_options *o, const char *path) {
+    return (eng_params){
         .model = path,
         .tokenizer = o->tokenizer,
-        .need_tokenizer = need_tokenizer,
         .device = o->device,
         .backend = {.n_threads = (int)o->threads, .no_repack = o->no_repack, .cpu_experts = (int)o->cpu_experts},
         .n_ctx = (int)o->ctx,
@@ -29,9 +24,18 @@ orcd_status open_engine(const engine_options *o, const char *model, bool need_to
         .chunk = (int)o->chunk,
         .kv_type = strcmp(o->kv_type, "f32") == 0  ? BE_KV_F32
                    : strcmp(o->kv_type, "f8") == 0 ? BE_KV_F8
-                                                   : BE_KV_F16,
-        .progress = bar_update,
-        .progress_ctx = &b};
+                                                   : BE_KV_F16};
+}
+
+orcd_status open_engine(const engine_options *o, const char *model, bool need_tokenizer, eng **out, orcd_error *err) {
+    char path[4096];
+    bar b;
+    ORCD_TRY(cli_model_path(model, path, sizeof path, err));
+    eng_params p = engine_params(o, path);
+    p.need_tokenizer = need_tokenizer;
+    p.progress = bar_update;
+    p.progress_ctx = &b;
+    bar_begin(&b, "loading", "B");
     orcd_status st = eng_open(&p, out, err);
     bar_end(&b);
     return st;

@@ -59,6 +59,7 @@ typedef struct sampling_options {
     }
 
 samp_params sampling_of(const sampling_options *o);
+eng_params engine_params(const engine_options *o, const char *path);
 
 /* Open with a load bar on the terminal. model NULL = the bundled one. */
 orcd_status open_engine(const engine_options *o, const char *model, bool need_tokenizer, eng **out,

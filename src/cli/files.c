@@ -34,6 +34,25 @@ orcd_status cli_model_path(const char *given, char *path, size_t cap, orcd_error
                      program);
 }
 
+orcd_status cli_read_text(const char *path, char **text, size_t *len, orcd_error *err) {
+    const size_t limit = (size_t)1 << 30;
+    if (strcmp(path, "-") != 0)
+        return file_slurp(path, limit, text, len, err);
+    char piece[65536];
+    buf all = {0};
+    for (size_t n; (n = fread(piece, 1, sizeof piece, stdin)) > 0 && all.len <= limit;)
+        buf_add(&all, piece, n);
+    buf_str(&all, "");
+    *text = NULL;
+    if (all.failed || all.len > limit) {
+        buf_free(&all);
+        return orcd_fail(err, ORCD_ERR_LIMIT, "standard input is longer than %zu bytes, or memory ran out", limit);
+    }
+    *text = all.data;
+    *len = all.len;
+    return ORCD_OK;
+}
+
 orcd_status cli_read_ids(const char *path, ids *out, orcd_error *err) {
     file_map f;
     ORCD_TRY(file_open(path, &f, err));

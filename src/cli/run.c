@@ -122,8 +122,7 @@ static orcd_status read_prompt(const options *o, const char *operand, const tok 
     size_t len;
     const char *text = o->prompt ? o->prompt : operand ? operand : "Once upon a time";
     if (o->file)
-        ORCD_TRY(
-            file_slurp(strcmp(o->file, "-") == 0 ? "/dev/stdin" : o->file, (size_t)64 << 20, &from_file, &len, err));
+        ORCD_TRY(cli_read_text(o->file, &from_file, &len, err));
     else
         len = strlen(text);
     orcd_status st = tok_encode(t, from_file ? from_file : text, len, o->specials, prompt);

@@ -131,8 +131,7 @@ static int run(const cli_command *c, int argc, char **argv) {
     else if (text)
         st = print_ids(&o, t, text, strlen(text), &err);
     else {
-        const char *from = strcmp(o.file, "-") == 0 ? "/dev/stdin" : o.file;
-        ORCD_TRY_GOTO(st, done, file_slurp(from, (size_t)1 << 30, &slurped, &len, &err));
+        ORCD_TRY_GOTO(st, done, cli_read_text(o.file, &slurped, &len, &err));
         st = print_ids(&o, t, slurped, len, &err);
     }
 done:
