@@ -415,11 +415,16 @@ static const http_route *find_route(const http *h, const char *method, const cha
 static void check_header(http_exchange *x, const char *method, const char *path) {
     http *h = x->h;
     const char *length = http_header(x, "Content-Length"), *coding = http_header(x, "Content-Encoding");
+    const char *transfer = http_header(x, "Transfer-Encoding");
     bool path_known, has_key = key_accepted(h, x->conn, &x->key_hash);
     x->path = strdup(path);
     x->route = find_route(h, method, path, &path_known);
     if (!x->path)
         x->early = 500;
+    else if (transfer && length) /* two ideas of where the body ends: how requests are smuggled */
+        x->early = 400;
+    else if (transfer && strcasecmp(transfer, "chunked") != 0)
+        x->early = 501;
     else if (!origin_allowed(h, x->conn))
         x->early = 403;
     else if (!has_key && !(x->route && x->route->open))
@@ -435,6 +440,12 @@ static void check_header(http_exchange *x, const char *method, const char *path)
 static void reply_early(http_exchange *x) {
     char text[160];
     switch (x->early) {
+    case 400:
+        snprintf(text, sizeof text, "Content-Length and Transfer-Encoding exclude each other");
+        break;
+    case 501:
+        snprintf(text, sizeof text, "the only Transfer-Encoding taken is chunked");
+        break;
     case 401:
         snprintf(text, sizeof text, "an API key is needed: send Authorization: Bearer KEY");
         break;
@@ -581,7 +592,7 @@ static enum MHD_Result serve(void *ctx, struct MHD_Connection *conn, const char 
     if (!x->path) {
         expect_header(h, conn, 0);
         check_header(x, method, path);
-        if (x->early == 413 || x->early == 415) { /* do not read what will not be used */
+        if (x->early >= 500 || x->early == 400 || x->early == 413 || x->early == 415) { /* do not read the body */
             reply_early(x);
             return queue_reply(x);
         }

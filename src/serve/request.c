@@ -104,6 +104,7 @@ static const field table[] = {
     {"max_tokens", FIELD_INT, 1, 1e9, AT(max_tokens)},
     {"max_completion_tokens", FIELD_INT, 1, 1e9, AT(max_tokens)},
     {"stream", FIELD_BOOL, 0, 0, AT(stream)},
+    {"ignore_eos", FIELD_BOOL, 0, 0, AT(ignore_eos)},
     {0},
 };
 
@@ -179,6 +180,7 @@ void req_apply(const req_options *o, int32_t n_vocab, eng_request *r) {
                                 .frequency_penalty = (float)o->frequency_penalty,
                                 .seed = o->seed};
     r->has_seed = o->has_seed;
+    r->ignore_eos = o->ignore_eos;
     r->max_new = o->max_tokens > INT32_MAX ? INT32_MAX : (int32_t)o->max_tokens;
     r->bias_id = o->bias_id;
     r->bias = o->bias;

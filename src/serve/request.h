@@ -29,7 +29,7 @@ typedef struct req_options {
     double temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
     int64_t top_k, n, max_tokens;
     uint64_t seed;
-    bool has_seed, stream, include_usage;
+    bool has_seed, stream, include_usage, ignore_eos;
     const char *stop[MAX_STOPS]; /* into the JSON */
     size_t n_stop;
     uint32_t bias_id[MAX_BIAS];
