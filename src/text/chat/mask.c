@@ -6,9 +6,9 @@
 
 struct harmony_mask {
     const harmony *h;
-    bool final;
+    bool final, preamble;
     int32_t n_vocab;
-    ids *form; /* the headers that are allowed, from <|channel|> to <|message|> */
+    ids *form; /* the headers that are allowed, from <|channel|> to <|message|>: reasoning, preamble, ... */
     size_t n_form;
     ids assistant;
     uint32_t *text; /* ids of text */
@@ -51,7 +51,7 @@ orcd_status harmony_mask_open(const harmony *h, const harmony_mask_options *o, h
         status = ORCD_ERR_ARG;
         goto done;
     }
-    *m = (harmony_mask){.h = h, .final = o->final, .n_vocab = o->n_vocab};
+    *m = (harmony_mask){.h = h, .final = o->final, .preamble = o->preamble, .n_vocab = o->n_vocab};
     size_t n_word = ((size_t)o->n_vocab + 31) / 32;
     m->form = calloc(o->n_name + 3, sizeof *m->form);
     m->text = calloc(n_word, sizeof *m->text);
@@ -106,13 +106,19 @@ static bool allow_next(harmony_mask *m, const int32_t *head, size_t n, const ids
     return true;
 }
 
+/* A call that must come is not put off for ever: it may follow one reasoning and one preamble. */
+static bool is_spent(const harmony_mask *m, const harmony_parser *p, size_t form) {
+    return !m->final && ((form == 0 && p->said_reasoning) || (form == 1 && m->preamble && p->said_content));
+}
+
 const uint32_t *harmony_mask_next(harmony_mask *m, const harmony_parser *p) {
     size_t n_word = ((size_t)m->n_vocab + 31) / 32;
     memset(m->set, 0, n_word * sizeof *m->set);
     if (p->state == PARSE_HEADER) {
         bool any = false;
         for (size_t i = 0; i < m->n_form; i++)
-            any |= allow_next(m, p->head_id.data, p->head_id.n, p->head_begun ? &m->assistant : NULL, &m->form[i]);
+            any |= !is_spent(m, p, i) &&
+                   allow_next(m, p->head_id.data, p->head_id.n, p->head_begun ? &m->assistant : NULL, &m->form[i]);
         if (!any) /* injected ids led astray */
             allow(m->set, m->h->message);
     } else if (p->state == PARSE_BETWEEN) {
