@@ -8,7 +8,7 @@
 
 typedef struct options {
     const char *host, *api_key_file, *tls_cert, *tls_key, *name;
-    int64_t port;
+    int64_t port, max_reasoning;
     double drain;
     bool log_json;
     engine_options engine;
@@ -20,6 +20,8 @@ static const cli_option option[] = {
     {"api-key-file", 0, CLI_STR, offsetof(options, api_key_file), 0, 0, "FILE", "accepted keys, one a line"},
     {"max-batch", 'b', CLI_INT, offsetof(options, engine.batch), 1, 256, "N", "requests at once (default 16)"},
     {"name", 0, CLI_STR, offsetof(options, name), 0, 0, "ID", "model id that clients see (default: the file's name)"},
+    {"max-reasoning-tokens", 0, CLI_INT, offsetof(options, max_reasoning), 0, 1 << 20, "N",
+     "reasoning per answer before the model must answer (default 0: no limit)"},
     {"tls-cert", 0, CLI_STR, offsetof(options, tls_cert), 0, 0, "FILE", "certificate chain (PEM)"},
     {"tls-key", 0, CLI_STR, offsetof(options, tls_key), 0, 0, "FILE", "its private key (PEM)"},
     {"drain-sec", 0, CLI_NUM, offsetof(options, drain), 0, 3600, "S",
@@ -77,6 +79,7 @@ static int run(const cli_command *c, int argc, char **argv) {
                              .tls_cert = cert,
                              .tls_key = key,
                              .log = {.json = o.log_json},
+                             .max_reasoning = o.max_reasoning,
                              .drain_s = o.drain};
     ORCD_TRY_GOTO(st, done, server_open(&p, &s, &err));
     print_ready(&o, eng_get_info(e), s, id);

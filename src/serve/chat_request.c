@@ -113,6 +113,11 @@ static bool read_effort_word(chat_request *q, const json_t *v, const char *where
                     where);
 }
 
+static const field budget_table[] = {
+    {"max_reasoning_tokens", FIELD_INT, 1, 1e9, offsetof(chat_request, max_reasoning), FIELD_NO_FLAG, false}, {0}};
+static const field reasoning_table[] = {
+    {"max_tokens", FIELD_INT, 1, 1e9, offsetof(chat_request, max_reasoning), FIELD_NO_FLAG, false}, {0}};
+
 bool chat_read_effort(chat_request *q, const json_t *body, req_error *err) {
     const json_t *reasoning = json_object_get(body, "reasoning"), *think = json_object_get(body, "think");
     const json_t *args = json_object_get(body, "chat_template_kwargs");
@@ -122,6 +127,8 @@ bool chat_read_effort(chat_request *q, const json_t *body, req_error *err) {
         return false;
     q->hide_reasoning = json_is_true(json_object_get(reasoning, "exclude")) ||
                         json_is_false(json_object_get(body, "include_reasoning"));
+    if (!req_fields(reasoning, reasoning_table, q, err) || !req_fields(body, budget_table, q, err))
+        return false;
     return read_effort_word(q, json_object_get(args, "reasoning_effort"), "chat_template_kwargs.reasoning_effort",
                             err) &&
            read_effort_word(q, json_object_get(reasoning, "effort"), "reasoning.effort", err) &&
@@ -188,12 +195,14 @@ static void submit(job *j, chat_request *q, const harmony_prompt *p) {
                                  .preamble = true,
                                  .n_vocab = j->s->info->n_vocab};
     bool masked = (q->choice == TOOL_NONE && q->n_tool) || q->choice == TOOL_REQUIRED || q->n_allowed;
+    int64_t budget = q->max_reasoning ? q->max_reasoning : j->s->p.max_reasoning;
     job_plan plan = {
         .gen = {.request = {.top_logprobs = q->top_logprobs, .boundary = p->boundary, .n_boundary = (int)p->n_boundary},
                 .stop = q->o.stop,
                 .n_stop = q->o.n_stop,
                 .harmony = j->s->harmony,
                 .parse = {.tool = q->tool, .n_tool = q->n_tool, .force_final = true},
+                .max_reasoning = budget > INT32_MAX ? INT32_MAX : (int32_t)budget,
                 .mask = masked ? &mask : NULL},
         .prompt = &p->id,
         .n_prompt = 1,

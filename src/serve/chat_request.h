@@ -18,6 +18,7 @@ typedef struct chat_request { /* zero-initialise; free with chat_request_free */
     int top_logprobs; /* -1 = none */
     chat_effort effort;
     bool hide_reasoning;
+    int64_t max_reasoning; /* tokens; 0 = the server's limit */
     tool_choice choice;
 
     /* grown by the functions below; strings point into the body's JSON or come from chat_keep */
@@ -43,7 +44,8 @@ bool chat_allow(chat_request *q, chat_str name, req_error *err);
 chat_str chat_json_str(const json_t *v);
 /* A string, null, or an array of parts with text: joined. `where` names the field in errors. */
 bool chat_read_text(chat_request *q, const json_t *v, const char *where, chat_str *out, req_error *err);
-/* reasoning_effort, reasoning: {effort, exclude}, chat_template_kwargs.reasoning_effort, think, include_reasoning. */
+/* reasoning_effort, reasoning: {effort, exclude, max_tokens}, chat_template_kwargs.reasoning_effort, think,
+ * include_reasoning, max_reasoning_tokens. */
 bool chat_read_effort(chat_request *q, const json_t *body, req_error *err);
 /* Give the message the tokens that the server sampled for this call, when it remembers them. */
 void chat_recall(const job *j, chat_request *q, chat_call *call);

@@ -7,6 +7,9 @@
 
 #include "text/stop.h"
 
+/* Conversations only: the last LOOP_SPAN tokens are a cycle of at most LOOP_CYCLE tokens, looked for now and then. */
+enum { LOOP_SPAN = 2048, LOOP_CYCLE = 512, LOOP_EVERY = 256 };
+
 struct gen {
     gen_params p;
     eng *engine;
@@ -29,7 +32,11 @@ struct gen {
     bool in_call;
     int n_call;
     char call_id[40];
-    ids force; /* to go on with in place of the token just fed */
+    ids force;  /* to go on with in place of the token just fed */
+    ids bridge; /* out of the reasoning, when its budget is used up */
+    bool must_call;
+    ids sampled;
+    bool looped;
 };
 
 static void gen_free(gen *g) {
@@ -41,6 +48,8 @@ static void gen_free(gen *g) {
     buf_free(&g->whole);
     buf_free(&g->fresh);
     ids_free(&g->force);
+    ids_free(&g->bridge);
+    ids_free(&g->sampled);
     free(g);
 }
 
@@ -148,6 +157,34 @@ static void take_harmony(gen *g, const eng_token *t) {
     harmony_feed(g->parser, t->id);
 }
 
+/* The reversed tail's prefix function: LOOP_SPAN tokens whose longest border is b repeat with the period
+ * LOOP_SPAN - b. */
+static bool is_loop(const int32_t *last) {
+    int border[LOOP_SPAN] = {0};
+    for (int i = 1, b = 0; i < LOOP_SPAN; i++) {
+        while (b > 0 && last[-i] != last[-b])
+            b = border[b - 1];
+        b += last[-i] == last[-b];
+        border[i] = b;
+    }
+    return LOOP_SPAN - border[LOOP_SPAN - 1] <= LOOP_CYCLE;
+}
+
+static bool loops(gen *g, const eng_token *t) {
+    ids_push(&g->sampled, t->id);
+    size_t n = g->sampled.n;
+    if (n >= LOOP_SPAN && n % LOOP_EVERY == 0 && !g->sampled.failed)
+        g->looped = is_loop(g->sampled.data + n - 1);
+    return g->looped;
+}
+
+/* True when the reasoning has to end here: g->bridge leads out of it. */
+static bool thought_enough(gen *g) {
+    g->bridge.n = 0;
+    return g->p.max_reasoning > 0 && harmony_n_reasoning(g->parser) >= (size_t)g->p.max_reasoning &&
+           harmony_end_reasoning(g->parser, g->must_call, &g->bridge);
+}
+
 static const uint32_t *next_mask(void *ctx) {
     gen *g = ctx;
     return harmony_mask_next(g->mask, g->parser);
@@ -165,6 +202,10 @@ static eng_verdict on_token(void *ctx, const eng_token *t) {
         return (eng_verdict){ENG_END, NULL, 0};
     if (g->force.n && !g->force.failed)
         return (eng_verdict){ENG_REPLACE, g->force.data, (int)g->force.n};
+    if (g->parser && loops(g, t))
+        return (eng_verdict){ENG_END, NULL, 0};
+    if (g->parser && !t->forced && thought_enough(g))
+        return (eng_verdict){ENG_FORCE, g->bridge.data, (int)g->bridge.n};
     return (eng_verdict){ENG_GO, NULL, 0};
 }
 
@@ -181,6 +222,8 @@ static gen_finish finish_of(const gen *g, const eng_result *r) {
         return GEN_FINISH_CANCELLED;
     if (g->stop_matched >= 0)
         return GEN_FINISH_STOP;
+    if (g->looped)
+        return GEN_FINISH_LENGTH;
     switch (r->stop) {
     case ENG_STOP_EOS:
     case ENG_STOP_CALLER:
@@ -209,7 +252,7 @@ static void on_done(void *ctx, const eng_result *result) {
         r.stop = ENG_STOP_ERROR;
         orcd_fail(&r.error, ORCD_ERR_NOMEM, "out of memory");
     }
-    gen_done d = {.finish = finish_of(g, &r), .stop_matched = g->stop_matched, .result = &r};
+    gen_done d = {.finish = finish_of(g, &r), .stop_matched = g->stop_matched, .looped = g->looped, .result = &r};
     if (g->parser)
         d.n_reasoning = (int32_t)harmony_n_reasoning(g->parser);
     if (d.finish == GEN_FINISH_TOOL && harmony_replay(g->parser, &turn) == ORCD_OK) {
@@ -241,6 +284,7 @@ orcd_status gen_start(eng *e, const gen_params *p, gen **out, orcd_error *err) {
     g->engine = e;
     g->tok = eng_tok(e);
     g->stop_matched = -1;
+    g->must_call = p->mask && !p->mask->final;
     if (stop_open(p->stop, p->n_stop, &g->stops) != ORCD_OK) {
         st = orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
         goto done;

@@ -42,6 +42,7 @@ typedef enum gen_finish {
 typedef struct gen_done {
     gen_finish finish;
     int stop_matched;    /* index of the stop string, -1 */
+    bool looped;         /* it repeated itself without end: finish is GEN_FINISH_LENGTH */
     int32_t n_reasoning; /* tokens of the analysis channel */
     const int32_t *turn; /* GEN_FINISH_TOOL: everything that was sampled, for chat_call.replay */
     size_t n_turn;
@@ -54,6 +55,7 @@ typedef struct gen_params {
     size_t n_stop;
     const harmony *harmony; /* the prompt is of harmony_render: parse channels and calls; NULL = raw text */
     harmony_parse_options parse;
+    int32_t max_reasoning; /* tokens; then it must answer (or call, when the mask has no answer); 0 = no limit */
     const harmony_mask_options *mask; /* keep the headers to this; NULL = free */
     /* From the engine thread; must not block. A false answer ends the generation (the client is gone). */
     bool (*on_event)(void *ctx, const gen_event *e);

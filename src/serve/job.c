@@ -299,6 +299,9 @@ static void on_done(void *ctx, const gen_done *d) {
                    k->arguments.data ? k->arguments.data : "", d->turn, d->n_turn);
     }
     c->done.turn = NULL;
+    if (d->looped)
+        log_event(&j->s->p.log, "loop", "s:s, s:s, s:i, s:s", "api", j->d->name, "job_id", j->id, "tokens_out",
+                  (int)d->result->n_new, "message", "the model repeated itself without end; cut as too long");
     pthread_mutex_lock(&j->lock); /* until job_start is through */
     c->gen = NULL;
     pthread_mutex_unlock(&j->lock);

@@ -22,7 +22,8 @@ typedef struct server_params {
     const char *const *key; /* NULL-terminated or NULL */
     const char *tls_cert, *tls_key;
     event_log log;
-    double drain_s; /* how long running jobs may go on after SIGTERM */
+    int64_t max_reasoning; /* tokens of reasoning per answer, unless the request says; 0 = no limit */
+    double drain_s;        /* how long running jobs may go on after SIGTERM */
 
     /* `orcd worker` only */
     const char *worker_id;      /* NULL = not a worker */

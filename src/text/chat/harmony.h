@@ -93,6 +93,9 @@ void harmony_finish(harmony_parser *p);
 bool harmony_in_answer(const harmony_parser *p);
 size_t harmony_n_reasoning(const harmony_parser *p); /* ids fed in bodies of reasoning */
 size_t harmony_n_calls(const harmony_parser *p);
+/* Inside a body of reasoning: append the ids that end it and begin the answer, or with `call` the header of a call up
+ * to the tool's name. False elsewhere. */
+bool harmony_end_reasoning(const harmony_parser *p, bool call, ids *out);
 /* After HARMONY_STOP_CALL: the ids of the whole turn, ending in <|call|>, for chat_call.replay. */
 orcd_status harmony_replay(const harmony_parser *p, ids *out) ORCD_MUST_USE;
 

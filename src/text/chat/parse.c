@@ -436,6 +436,21 @@ size_t harmony_n_reasoning(const harmony_parser *p) { return p->n_reasoning; }
 
 size_t harmony_n_calls(const harmony_parser *p) { return p->n_call; }
 
+bool harmony_end_reasoning(const harmony_parser *p, bool call, ids *out) {
+    if (p->state != PARSE_BODY || p->route != ROUTE_REASONING)
+        return false;
+    if (!call) {
+        ids_add(out, p->force.data, p->force.n);
+        return !out->failed;
+    }
+    const char *recipient = "commentary to=functions";
+    ids_push(out, p->h->end);
+    ids_push(out, p->h->start);
+    bool ok = tok_encode(p->h->tok, "assistant", 9, false, out) == ORCD_OK;
+    ids_push(out, p->h->channel);
+    return ok && tok_encode(p->h->tok, recipient, strlen(recipient), false, out) == ORCD_OK && !out->failed;
+}
+
 orcd_status harmony_replay(const harmony_parser *p, ids *out) {
     if (p->fed.n == 0)
         return ORCD_ERR_ARG;
