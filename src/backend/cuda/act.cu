@@ -343,5 +343,6 @@ orcd_status cuda_reserve(cuda_dev *d, int max_tok, int max_out, orcd_error *err)
     ORCD_TRY(grow(d, &c->count, &c->n_count, 1, 4096 * 4, "expert counts", err));
     ORCD_TRY(grow(d, &c->partial, &c->n_partial, CUDA_MAX_PARTIAL, (size_t)CUDA_MAX_PARTIAL * 16 * (128 + 2) * 4,
                   "attention splits", err));
-    return grow(d, &c->arrived, &c->n_arrived, CUDA_MAX_PARTIAL, CUDA_MAX_PARTIAL * 4, "attention counters", err);
+    ORCD_TRY(grow(d, &c->arrived, &c->n_arrived, CUDA_MAX_PARTIAL, CUDA_MAX_PARTIAL * 4, "attention counters", err));
+    return cuda_decode_reserve(d, err);
 }

@@ -57,6 +57,7 @@ static void dev_close(be_device *base) {
     cudaDeviceSynchronize();
     cuda_graphs_drop(d, NULL);
     free_scratch(&d->scratch);
+    cuda_decode_free(d);
     for (int i = 0; i < 2; i++) {
         cudaFreeHost(d->load_host[i]);
         cudaFree(d->load_dev[i]);

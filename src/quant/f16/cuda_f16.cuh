@@ -13,6 +13,7 @@
 template <int P> struct form_f16 {
     static constexpr int CHUNK = P * 2048;
     static constexpr int AHEAD = 2 / P;
+    static constexpr bool SCALED = false; /* blocks have scales */
     static constexpr float FACTOR = 1.f;
 
     struct raw {

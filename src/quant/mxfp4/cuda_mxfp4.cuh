@@ -17,7 +17,8 @@
 
 struct form_mxfp4 {
     static constexpr int CHUNK = 544;
-    static constexpr int AHEAD = 3; /* chunks that a warp asks for before it waits for its input */
+    static constexpr int AHEAD = 3;      /* chunks that a warp asks for before it waits for its input */
+    static constexpr bool SCALED = true; /* blocks have scales */
     static constexpr float FACTOR = 16384.f;
 
     struct raw {

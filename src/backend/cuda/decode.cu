@@ -1,0 +1,236 @@
+/* backend/cuda/decode.cu: a step of one row of gpt-oss as five fused kernels a layer. The list of commands is matched
+ * whole; anything else is left to the launchers of single commands, which compute the same numbers. */
+#include "backend/cuda/decode_kernels.cuh"
+
+struct cuda_decode {
+    float *xa, *xb;    /* residual row after qkv's norm and after attention's output */
+    float *p;          /* [2][n_embd] what the experts add */
+    float *route_part; /* [n_embd / 16][n_expert] */
+    uint16_t *q, *h;   /* f16: rotated query heads; the experts' hidden rows */
+    float2 *best;      /* per CTA of the head */
+    int64_t n_embd, n_ff, n_expert, n_q;
+};
+
+#define DEC_MAX_Q 8192
+#define DEC_MAX_SM 1024
+
+/* The commands of one layer. */
+enum { L_NORM, L_QKV, L_ROPE, L_WRITE, L_ATTN, L_OUT, L_MOE, L_EXPERTS, L_COUNT };
+static const cuda_op layer_ops[L_COUNT] = {CUDA_OP_NORM,      CUDA_OP_LINEAR, CUDA_OP_ROPE, CUDA_OP_KV_WRITE,
+                                           CUDA_OP_ATTENTION, CUDA_OP_LINEAR, CUDA_OP_MOE,  CUDA_OP_EXPERTS};
+
+struct decode_plan {
+    const cuda_cmd *embed, *layer, *norm, *head, *sample; /* norm .. sample NULL: no logits wanted */
+    int n_layer;
+};
+
+static bool single(const cuda_weight *w, cuda_rowmap map, int seg) {
+    const cuda_matrix *m = &w->matrix[0];
+    return w->n_matrix == 1 && m->map == map && seg_len(m->n_unit) == seg && m->n_unit % seg == 0 && m->n_col % 64 == 0;
+}
+static bool dense_form(const cuda_weight *w, cuda_form f) { return w->matrix[0].form == f; }
+
+/* Whether the kernels are made for this layer; head: the first layer, whose forms the others share. */
+static bool layer_fits(const cuda_run *r, const cuda_cmd *c, const cuda_cmd *first, const cuda_act *x) {
+    for (int i = 0; i < L_COUNT; i++)
+        if (c[i].op != layer_ops[i])
+            return false;
+    const cuda_weight *qkv = c[L_QKV].w, *out = c[L_OUT].w, *up = c[L_EXPERTS].w, *down = c[L_EXPERTS].w2;
+    const be_attn *t = &c[L_ATTN].attn;
+    const int64_t n_embd = x->base.width, n_expert = c[L_MOE].w2->base.n_row;
+    const cuda_form f = first[L_QKV].w->matrix[0].form;
+    return c[L_NORM].norm_kind == BE_NORM_RMS && c[L_NORM].x == x && c[L_OUT].y == x && c[L_MOE].x == x &&
+           c[L_EXPERTS].y == x && c[L_QKV].epilogue == BE_EPI_NONE && c[L_OUT].epilogue == BE_EPI_ADD &&
+           c[L_OUT].x == c[L_ATTN].y && c[L_ROPE].freq == first[L_ROPE].freq && c[L_ROPE].freq >= 0 &&
+           t->rope_scale == first[L_ATTN].attn.rope_scale && t->head_dim == 64 && t->n_head == 8 * t->n_kv_head &&
+           single(qkv, CUDA_ROWS_PAIR64, 3) && t->n_head * 64 <= DEC_MAX_Q && single(out, CUDA_ROWS_PLAIN, 4) &&
+           single(up, CUDA_ROWS_GLU, 3) && single(down, CUDA_ROWS_PLAIN, 3) && dense_form(qkv, f) &&
+           dense_form(out, f) && dense_form(up, CUDA_FORM_MXFP4) && dense_form(down, CUDA_FORM_MXFP4) &&
+           qkv->base.n_row == (t->n_head + 2 * t->n_kv_head) * 64 && qkv->base.n_col == n_embd &&
+           out->base.n_row == n_embd && out->base.n_col == t->n_head * 64 && up->base.n_col == n_embd &&
+           down->base.n_row == n_embd && (n_expert == 32 || n_expert == 128) && c[L_MOE].k == DEC_TOP_K &&
+           (r->kv->window[t->layer] > 0) == (t->window > 0);
+}
+
+static bool match(const cuda_run *r, const cuda_cmd *c, int n, decode_plan *p) {
+    *p = {c, c + 1, NULL, NULL, NULL, 0};
+    if (n < 1 + L_COUNT || c[0].op != CUDA_OP_EMBED || c[0].w2 || !r->kv || r->kv->base.spec.type != BE_KV_F16 ||
+        r->kv->dim != 64 || r->shape.rows != 1 || r->shape.outs > 1)
+        return false;
+    const cuda_act *x = c[0].y;
+    int at = 1;
+    for (; at + L_COUNT <= n && c[at].op == CUDA_OP_NORM && c[at].x == x; at += L_COUNT, p->n_layer++)
+        if (!layer_fits(r, c + at, p->layer, x))
+            return false;
+    const cuda_form f = p->layer[L_QKV].w->matrix[0].form;
+    if (p->n_layer == 0 || x->base.width > 4096 || (f != CUDA_FORM_Q8_0 && f != CUDA_FORM_F16))
+        return false;
+    if (n - at < 3 || n - at > 4 || c[at].op != CUDA_OP_GATHER || c[at].x != x || c[at + 1].op != CUDA_OP_NORM ||
+        c[at + 1].norm_kind != BE_NORM_RMS || c[at + 2].op != CUDA_OP_LINEAR ||
+        (n - at == 4 && c[at + 3].op != CUDA_OP_SAMPLE))
+        return false;
+    p->norm = &c[at + 1];
+    p->head = &c[at + 2];
+    p->sample = n - at == 4 ? &c[at + 3] : NULL;
+    const cuda_form hf = p->head->w->matrix[0].form;
+    return p->head->epilogue == BE_EPI_NONE && single(p->head->w, CUDA_ROWS_PLAIN, 3) &&
+           (hf == CUDA_FORM_Q8_0 || hf == CUDA_FORM_F16);
+}
+
+/* ---- launches ---- */
+
+static dec_matrix matrix_of(const cuda_weight *w) {
+    const cuda_matrix *m = &w->matrix[0];
+    return {m->data, w->bias, m->factor, m->n_tile, m->n_unit, (int64_t)m->n_tile * m->n_unit * m->chunk_bytes};
+}
+
+template <class... Param, class... Arg>
+static void launch(cuda_run *r, void (*kernel)(Param...), int grid, int threads, size_t shared, Arg... arg) {
+    if (r->error == cudaSuccess)
+        r->error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    cuda_launch(r, kernel, dim3((unsigned)grid), dim3((unsigned)threads), shared, arg...);
+}
+
+struct decode_run { /* what the launches of a step share */
+    cuda_run *r;
+    cuda_decode *d;
+    int n_sm, n_embd;
+};
+
+static dec_kv kv_of(const cuda_run *r, const be_attn *t) {
+    const cuda_kv *kv = r->kv;
+    const int pool = kv->window[t->layer] ? BE_POOL_WINDOW : BE_POOL_FULL;
+    return {kv->pages[pool] + (int64_t)kv->sub[t->layer] * t->n_kv_head * DEC_HEAD_BYTES,
+            (int64_t)kv->base.page_bytes[pool], kv->table[pool], r->dev->arr.slot, kv->n_entry};
+}
+
+template <class F> static void run_attention(const decode_run *s, const cuda_cmd *c, const dec_norm_in &in) {
+    cuda_run *r = s->r;
+    const be_attn *t = &c[L_ATTN].attn;
+    const dec_matrix qkv = matrix_of(c[L_QKV].w);
+    const dec_kv kv = kv_of(r, t);
+    const int32_t *pos = r->dev->arr.pos;
+    launch(r, dec_qkv_kernel<F, 3>, s->n_sm, ROW_THREADS, dec_linear_smem<F>(qkv.n_unit / 3, s->n_embd), in, qkv,
+           dec_rope{r->dev->scratch.rope, pos}, kv, t->n_head, t->n_kv_head, (__half *)s->d->q);
+    const float *sinks = t->sinks ? ((const cuda_weight *)t->sinks)->dense : NULL;
+    const dec_attn a = {(const __half *)s->d->q,
+                        kv,
+                        pos,
+                        sinks,
+                        t->n_kv_head,
+                        t->window,
+                        t->scale * 1.44269504088896f,
+                        r->dev->scratch.partial,
+                        r->shape.reach,
+                        r->dev->scratch.arrived,
+                        c[L_ATTN].y->f16};
+    launch(r, dec_attention_kernel, s->n_sm, 256, DEC_ATTN_SMEM, a);
+}
+
+template <class F> static void run_out(const decode_run *s, const cuda_cmd *c, const float *x) {
+    const dec_matrix w = matrix_of(c[L_OUT].w);
+    const cuda_weight *router = c[L_MOE].w2;
+    const dec_out o = {c[L_ATTN].y->f16, x, s->d->xb, router->gained, s->d->route_part, (int)router->base.n_row};
+    launch(s->r, dec_out_kernel<F, 4>, s->n_sm, ROW_THREADS, dec_out_smem<F>(w.n_unit / 4, w.n_unit * 64), o, w);
+}
+
+template <int EPL> static void run_experts(const decode_run *s, const cuda_cmd *c) {
+    const cuda_cmd *e = &c[L_EXPERTS];
+    const dec_matrix up = matrix_of(e->w), down = matrix_of(e->w2);
+    const int n_ff = (int)e->w2->base.n_col;
+    const dec_route route = {s->d->xb,  s->d->route_part, c[L_MOE].w2->bias, (s->n_embd + 15) / 16,
+                             s->n_embd, c[L_MOE].eps};
+    launch(s->r, dec_gate_up_kernel<form_mxfp4, 3, EPL>, s->n_sm, ROW_THREADS,
+           dec_gate_up_smem<form_mxfp4>(up.n_unit / 3, s->n_embd), route, (const float *)c[L_MOE].w->dense, up,
+           e->glu.alpha, e->glu.limit, (__half *)s->d->h, n_ff);
+    launch(s->r, dec_down_kernel<form_mxfp4, 3, EPL>, s->n_sm, ROW_THREADS,
+           dec_down_smem<form_mxfp4>(down.n_unit / 3, n_ff), route, down, (const __half *)s->d->h, n_ff, s->d->p);
+}
+
+template <class F> static void run_layers(const decode_run *s, const decode_plan *p) {
+    cuda_decode *d = s->d;
+    const float *x = p->embed->y->f32;
+    for (int l = 0; l < p->n_layer; l++) {
+        const cuda_cmd *c = p->layer + l * L_COUNT;
+        const dec_norm_in in = {l ? d->xb : x,      l ? d->p : NULL, d->p + s->n_embd, d->xa,
+                                c[L_NORM].w->dense, c[L_NORM].eps,   s->n_embd};
+        run_attention<F>(s, c, in);
+        run_out<F>(s, c, l ? d->xa : x);
+        if (c[L_MOE].w2->base.n_row == 32)
+            run_experts<1>(s, c);
+        else
+            run_experts<4>(s, c);
+    }
+}
+
+template <class F> static void run_head(const decode_run *s, const decode_plan *p) {
+    cuda_decode *d = s->d;
+    const dec_matrix w = matrix_of(p->head->w);
+    const dec_norm_in in = {d->xb, d->p, d->p + s->n_embd, d->xa, p->norm->w->dense, p->norm->eps, s->n_embd};
+    launch(s->r, dec_head_kernel<F, 3>, s->n_sm, ROW_THREADS, dec_linear_smem<F>(w.n_unit / 3, s->n_embd), in, w,
+           (int)p->head->w->base.n_row, p->head->y->f32, d->best);
+}
+
+bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd) {
+    decode_plan p;
+    int smem = 0;
+    if (!r->dev->decode || r->dev->major < 8 || !match(r, cmd, n_cmd, &p) ||
+        cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, r->dev->ordinal) != cudaSuccess ||
+        smem < 120 * 1024 || r->dev->n_sm > DEC_MAX_SM)
+        return false;
+    const decode_run s = {r, r->dev->decode, r->dev->n_sm, (int)p.embed->y->base.width};
+    cuda_run_embed(r, p.embed);
+    cuda_run_rope_table(r, &p.layer[L_ROPE]);
+    if (p.layer[L_QKV].w->matrix[0].form == CUDA_FORM_Q8_0)
+        run_layers<form_q8_0>(&s, &p);
+    else
+        run_layers<form_f16<1>>(&s, &p);
+    if (r->shape.outs == 0)
+        return true;
+    if (p.head->w->matrix[0].form == CUDA_FORM_Q8_0)
+        run_head<form_q8_0>(&s, &p);
+    else
+        run_head<form_f16<1>>(&s, &p);
+    if (p.sample)
+        cuda_run_sample(r, p.sample);
+    return true;
+}
+
+/* ---- scratch ---- */
+
+static void free_rows(cuda_decode *d) {
+    void *all[] = {d->xa, d->xb, d->p, d->route_part, d->q, d->h, d->best};
+    for (void *p : all)
+        cudaFree(p);
+    *d = {};
+}
+
+/* Room for the widest model loaded; nothing to do when it is there already. */
+orcd_status cuda_decode_reserve(cuda_dev *dev, orcd_error *err) {
+    cuda_decode *d = dev->decode;
+    if (dev->want_expert == 0 ||
+        (d && d->n_embd >= dev->want_embd && d->n_ff >= dev->want_ff && d->n_expert >= dev->want_expert))
+        return ORCD_OK;
+    if (!d && !(d = dev->decode = (cuda_decode *)calloc(1, sizeof *d)))
+        return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the decode step");
+    cuda_graphs_drop(dev, NULL);
+    free_rows(d);
+    const size_t embd = (size_t)round_up(dev->want_embd, 64) * sizeof(float), experts = (size_t)dev->want_expert;
+    ORCD_TRY(cuda_alloc(dev, &d->xa, embd, "the decode step", err));
+    ORCD_TRY(cuda_alloc(dev, &d->xb, embd, "the decode step", err));
+    ORCD_TRY(cuda_alloc(dev, &d->p, 2 * embd, "the decode step", err));
+    ORCD_TRY(cuda_alloc(dev, &d->route_part, embd / 16 * experts, "the decode step", err));
+    ORCD_TRY(cuda_alloc(dev, &d->q, DEC_MAX_Q * 2, "the decode step", err));
+    ORCD_TRY(cuda_alloc(dev, &d->h, (size_t)round_up(dev->want_ff, 64) * DEC_TOP_K * 2, "the decode step", err));
+    ORCD_TRY(cuda_alloc(dev, &d->best, DEC_MAX_SM * sizeof(float2), "the decode step", err));
+    d->n_embd = dev->want_embd, d->n_ff = dev->want_ff, d->n_expert = dev->want_expert;
+    return ORCD_OK;
+}
+
+void cuda_decode_free(cuda_dev *dev) {
+    if (!dev->decode)
+        return;
+    free_rows(dev->decode);
+    free(dev->decode);
+    dev->decode = NULL;
+}

@@ -1,0 +1,135 @@
+/* backend/cuda/decode_core.cuh: what the fused decode kernels share: dependent launch, a ring of bulk copies per warp,
+ * and the product of packed tiles with one activation row.
+ *
+ * A CTA has 16 warps and holds whole row tiles; warp w sums columns of segment w (see DEC_SEG_UNITS), whose activations
+ * stay in its registers. Weights arrive through a ring in shared memory that a warp fills and empties alone; its first
+ * stages are requested before griddepcontrol.wait, while the kernel before is still at work. Per tile the warps' sums
+ * meet in shared memory and are added in ascending order of segments: the order of every other kernel for the same
+ * weights. */
+#ifndef ORCD_BACKEND_CUDA_DECODE_CORE_CUH
+#define ORCD_BACKEND_CUDA_DECODE_CORE_CUH
+
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+#include "backend/cuda/cuda.h"
+#include "backend/cuda/math.cuh"
+#include "quant/f16/cuda_f16.cuh"
+#include "quant/mxfp4/cuda_mxfp4.cuh"
+#include "quant/q8_0/cuda_q8_0.cuh"
+
+#define DEC_WARPS 16
+#define DEC_THREADS (DEC_WARPS * 32)
+#define DEC_TOP_K 4
+
+/* A tile's first row of r = 0..7 under CUDA_ROWS_PAIR64; RoPE's partner is 32 rows on. */
+__device__ __forceinline__ int dec_row_pair64(int tile, int r) { return tile / 4 * 64 + tile % 4 * 8 + r; }
+
+__device__ __forceinline__ uint32_t dec_smem(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+/* A warp's ring of STAGES pieces of BYTES, filled by its own asynchronous copies. All lanes call everything together.
+ */
+template <int BYTES, int STAGES> struct dec_ring {
+    static constexpr int WARP_BYTES = BYTES * STAGES;
+    const uint8_t *buf;
+    uint32_t buf_at; /* shared address */
+    int put, get;    /* stages */
+
+    __device__ __forceinline__ void open(uint8_t *b /* WARP_BYTES, 16-byte aligned */) {
+        buf = b, buf_at = dec_smem(b), put = get = 0;
+    }
+
+    /* Ask for a piece, or for nothing (NULL): either counts as one group of copies. */
+    __device__ __forceinline__ void issue(const uint8_t *src, int lane) {
+        if (src) {
+            uint32_t to = buf_at + put * BYTES + lane * 16;
+            src += lane * 16;
+#pragma unroll
+            for (int i = 0; i < BYTES / 512; i++)
+                asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to + i * 512),
+                             "l"(src + i * 512)
+                             : "memory");
+            if (BYTES % 512 && lane < BYTES % 512 / 16)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + BYTES / 512 * 512),
+                             "l"(src + BYTES / 512 * 512)
+                             : "memory");
+            put = put + 1 == STAGES ? 0 : put + 1;
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+
+    /* The oldest piece, ready. */
+    __device__ __forceinline__ const uint8_t *wait() {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+        __syncwarp();
+        return buf + get * BYTES;
+    }
+
+    /* The piece has been read; src: what takes its place, or NULL. */
+    __device__ __forceinline__ void next(const uint8_t *src, int lane) {
+        __syncwarp();
+        get = get + 1 == STAGES ? 0 : get + 1;
+        issue(src, lane);
+    }
+};
+
+/* acc += UNITS units at p (shared) times the lane's activations x (shared; block i of 32 columns at x + 32 i). The two
+ * blocks of a unit are independent chains. */
+template <class F, int UNITS>
+__device__ __forceinline__ void dec_units(const uint8_t *p, const __half *x, float (&acc)[4], int lane) {
+#pragma unroll
+    for (int u = 0; u < UNITS; u++) {
+        const typename F::raw w = F::load_shared(p + u * F::CHUNK, lane);
+        const uint4 b0 = *(const uint4 *)(x + u * 64), b1 = *(const uint4 *)(x + u * 64 + 32);
+        if constexpr (F::SCALED) {
+            const frag_block f = F::block(w, 0), g = F::block(w, 1);
+            float c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
+            mma_f16(c, f.a[0][0], f.a[0][1], f.a[0][2], f.a[0][3], b0.x, b0.y);
+            mma_f16(d, g.a[0][0], g.a[0][1], g.a[0][2], g.a[0][3], b1.x, b1.y);
+            mma_f16(c, f.a[1][0], f.a[1][1], f.a[1][2], f.a[1][3], b0.z, b0.w);
+            mma_f16(d, g.a[1][0], g.a[1][1], g.a[1][2], g.a[1][3], b1.z, b1.w);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                acc[i] = fmaf(g.s[i / 2], d[i], fmaf(f.s[i / 2], c[i], acc[i]));
+        } else {
+            const uint4 b[1][2] = {{b0, b1}};
+            F::template mma<1>(w, b, &acc);
+        }
+    }
+}
+
+/* Row r of tile i of a group from the segments' sums. red: [tile of group][DEC_WARPS][16] */
+__device__ __forceinline__ float dec_sum(const float *red, int tile, int r, int n_seg) {
+    float v[DEC_WARPS];
+    red += tile * DEC_WARPS * 16 + r;
+#pragma unroll
+    for (int w = 0; w < DEC_WARPS; w++)
+        v[w] = w < n_seg ? red[w * 16] : 0.f;
+    float s = v[0];
+#pragma unroll
+    for (int w = 1; w < DEC_WARPS; w++)
+        s += v[w];
+    return s;
+}
+
+/* Four bytes to shared memory, there after dec_async_done. */
+__device__ __forceinline__ void dec_async4(float *to, const float *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dec_smem(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void dec_async_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+/* With one row all eight columns of B are that row: lanes t = 0 hold rows g and g + 8 in acc[0] and acc[2]. */
+__device__ __forceinline__ void dec_store(float *red, int tile, int warp, const float (&acc)[4], int lane) {
+    if (lane % 4 == 0) {
+        red[(tile * DEC_WARPS + warp) * 16 + lane / 4] = acc[0];
+        red[(tile * DEC_WARPS + warp) * 16 + lane / 4 + 8] = acc[2];
+    }
+}
+
+__device__ __forceinline__ float4 dec_ld4(const float *p) { return __ldcg((const float4 *)p); }
+
+__device__ __forceinline__ uint2 dec_norm4(float4 v, float rs, float4 g) {
+    return make_uint2(f16x2(v.x * rs * g.x, v.y * rs * g.y), f16x2(v.z * rs * g.z, v.w * rs * g.w));
+}
+
+#endif
