@@ -1,6 +1,7 @@
 /* Speed of the CPU backend's product kernels on one thread, in processor time (other processes disturb little):
  * streaming one activation row over weights larger than the caches, in GB/s of weights, and many rows over a panel, in
- * 1e9 multiply-adds a second; and the ceilings of the machine. Build and run: make bench && build/bench/cpu_kernels */
+ * 1e9 multiply-adds a second; and the ceilings of the machine. Build and run: make bench && build/bench/cpu_kernels [8]
+ * where 8 asks for 8-bit activations. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -118,8 +119,8 @@ static void measure_attention(const cpu_kernels *k) {
     cpu_free(kv, PAGES * HD * 128 * 2);
 }
 
-int main(void) {
-    const cpu_kernels *k = cpu_kernels_for(cpu_tier_best());
+int main(int argc, char **argv) {
+    const cpu_kernels *k = cpu_kernels_for(cpu_tier_best(), argc > 1 && strcmp(argv[1], "8") == 0);
     uint8_t *weights = cpu_alloc(BYTES);
     if (!weights)
         return 1;

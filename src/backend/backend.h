@@ -27,6 +27,8 @@ typedef struct be_params {
     int n_threads;   /* cpu: 0 = all cores allowed to this process */
     int device;      /* cuda: ordinal */
     bool no_repack;  /* start at once from the mapped file, slower steps */
+    int act_bits;    /* cpu: 8 lets products with integer weights round activations to 8 bits: prefill nearly twice as
+                        fast, 0.5 % of noise in each product. Else 16 */
     int cpu_experts; /* cuda: layers whose experts stay in host memory; -1 = as many as needed */
 } be_params;
 

@@ -13,7 +13,7 @@ enum { MAX_LIST = 16 };
 
 typedef struct options {
     const char *device, *prompt, *depth, *streams, *kv_type;
-    int64_t threads, chunk, gen, reps;
+    int64_t threads, chunk, gen, reps, act_bits;
     bool no_repack, json;
 } options;
 
@@ -27,6 +27,7 @@ static const cli_option option[] = {
     {"reps", 'r', CLI_INT, offsetof(options, reps), 1, 100, "N", "repetitions (default 3)"},
     {"chunk", 0, CLI_INT, offsetof(options, chunk), 1, 8192, "N", "prompt tokens per step (default 2048)"},
     {"kv-type", 0, CLI_CHOICE, offsetof(options, kv_type), 0, 0, "f16|f32|f8", "precision of the KV cache"},
+    {"act-bits", 0, CLI_INT, offsetof(options, act_bits), 8, 16, "8|16", "bits of the activations (cpu; default 16)"},
     {"no-repack", 0, CLI_FLAG, offsetof(options, no_repack), 0, 0, "", "run from the mapped file (cpu)"},
     {"json", 0, CLI_FLAG, offsetof(options, json), 0, 0, "", "one JSON object on standard output"},
     {0},
@@ -98,7 +99,8 @@ static orcd_status open_model(bench *b, const char *path, orcd_error *err) {
     bar progress;
     if (!ops)
         return orcd_fail(err, ORCD_ERR_ARG, "device \"%s\" is not in this build", o->device);
-    be_params params = {.n_threads = (int)o->threads, .no_repack = o->no_repack, .cpu_experts = -1};
+    be_params params = {
+        .n_threads = (int)o->threads, .no_repack = o->no_repack, .act_bits = (int)o->act_bits, .cpu_experts = -1};
     ORCD_TRY_GOTO(st, done, mf_open(path, &f, err));
     ORCD_TRY_GOTO(st, done, arch_identify(f, &a, err));
     ORCD_TRY_GOTO(st, done, arch_config_read(a, f, &b->cfg, err));

@@ -41,7 +41,7 @@ static orcd_status cpu_open(const be_params *p, be_device **out, orcd_error *err
     d->base.ops = &be_ops_cpu;
     d->params = *p;
     d->tier = cpu_tier_best();
-    d->k = cpu_kernels_for(d->tier);
+    d->k = cpu_kernels_for(d->tier, p->act_bits == 8);
     d->n_thread = n;
     d->local = calloc((size_t)n, sizeof *d->local);
     d->step.cmd = cpu_alloc(MAX_CMDS * sizeof *d->step.cmd);

@@ -42,7 +42,8 @@ typedef enum cpu_fmt {
  * x = scale * (256 * high + low). One row of n64 blocks:
  *   int8 high[n64 * 64], low[n64 * 64], float scale[n64], int32 c64[n64], c32[n64 * 2], c16[n64 * 4]
  * where c64 and c32 are -128 x the sums of 64 and 32 integers and c16 is -32 x the sums of 16: what takes the offset
- * of unsigned weights out again. Eight bits do not do: their 0.5 % of noise turns close calls of the router. */
+ * of unsigned weights out again. Eight bits are less than the golden tests ask for: their 0.5 % of noise turns close
+ * calls of the router. As an option of the device (act_bits) only `high` is filled: x = scale * high. */
 static inline int64_t cpu_n64(int64_t n_col) { return (n_col + 63) / 64; }
 static inline size_t cpu_qrow_bytes(int64_t n_col) { return ((size_t)cpu_n64(n_col) * 160 + 63) & ~(size_t)63; }
 static inline const float *cpu_q_scale(const uint8_t *row, int64_t n64) { return (const float *)(row + n64 * 128); }
@@ -108,12 +109,13 @@ typedef struct cpu_kernels {
     void (*attn_f32)(cpu_attn_tile *t, const void *k, const void *v);
 } cpu_kernels;
 
-/* Never NULL: the best table that was compiled for `tier` or below. */
-const cpu_kernels *cpu_kernels_for(cpu_tier tier);
+/* Never NULL: the best table that was compiled for `tier` or below. few_bits: with 8-bit activations, where the tier
+ * has them (AVX-512). */
+const cpu_kernels *cpu_kernels_for(cpu_tier tier, bool few_bits);
 
 extern const cpu_kernels cpu_kernels_portable;
 #if defined(__x86_64__)
-extern const cpu_kernels cpu_kernels_avx2, cpu_kernels_avxvnni, cpu_kernels_avx512;
+extern const cpu_kernels cpu_kernels_avx2, cpu_kernels_avxvnni, cpu_kernels_avx512, cpu_kernels_avx512_8;
 #endif
 
 #endif

@@ -1,0 +1,270 @@
+/* backend/cpu/integer_avx512.h: products with integer weights, for activations of PLANES bytes: kernels_avx512.c
+ * includes it with PLANES 2 (16 bits) and 1 (8 bits), and NAME(x) to tell them apart. */
+
+/* a[0] and a[1] += unsigned weights times the high and low bytes of 4 columns; with 8 bits there are high bytes only */
+static inline __attribute__((always_inline)) void NAME(dp_planes)(__m512i *a, __m512i w, const void *row, int64_t n64,
+                                                                  int64_t col) {
+    a[0] = _mm512_dpbusd_epi32(a[0], w, bytes4((const uint8_t *)row + col));
+    if (PLANES == 2)
+        a[1] = _mm512_dpbusd_epi32(a[1], w, bytes4((const uint8_t *)row + n64 * 64 + col));
+}
+
+static inline void NAME(begin_planes)(__m512i *a, int32_t offset) {
+    a[PLANES - 1] = _mm512_set1_epi32(offset);
+    if (PLANES == 2)
+        a[0] = _mm512_setzero_si512();
+}
+
+static inline __m512 NAME(join_planes)(const __m512i *a) {
+    return _mm512_cvtepi32_ps(PLANES == 2 ? _mm512_add_epi32(_mm512_slli_epi32(a[0], 8), a[1]) : a[0]);
+}
+
+/* ---- 8-bit weights ---- */
+
+TILE NAME(i8_tile)(const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
+    __m512 f[8];
+    UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < n64; b++, panel += 1088) {
+        __m512 part[8];
+        UNROLL for (int h = 0; h < 2; h++) {
+            __m512i a[8][2];
+            UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], cpu_q_c32(x[t], n64)[b * 2 + h]);
+            UNROLL for (int g = 0; g < 8; g++) {
+                __m512i w = _mm512_loadu_si512(panel + 64 + h * 512 + g * 64);
+                UNROLL for (int t = 0; t < T; t++) NAME(dp_planes)(a[t], w, x[t], n64, b * 64 + h * 32 + g * 4);
+            }
+            __m512 ws = half16(panel + h * 32);
+            UNROLL for (int t = 0; t < T; t++) part[t] =
+                h ? _mm512_fmadd_ps(NAME(join_planes)(a[t]), ws, part[t]) : _mm512_mul_ps(NAME(join_planes)(a[t]), ws);
+        }
+        UNROLL for (int t = 0; t < T; t++) f[t] =
+            _mm512_fmadd_ps(part[t], _mm512_set1_ps(cpu_q_scale(x[t], n64)[b]), f[t]);
+    }
+    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
+}
+
+static void NAME(dot_i8)(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch) {
+    (void)scratch;
+    int64_t n64 = cpu_n64(n_col);
+#define CALL(T) NAME(i8_tile)(panel, n64, x + at_, T, y + at_ * 16)
+    FOR_TILES(n, CALL)
+#undef CALL
+}
+
+/* ---- MXFP4 ---- */
+
+TILE NAME(mx4_tile)(const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
+    const uint8_t *head = panel, *p = panel + cpu_mx4_head(n64);
+    const __m512i table = _mm512_load_si512(mx4_table);
+    __m512 f[4];
+    UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < n64; b++, head += 32, p += 512) {
+        __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)head)), a[4][2];
+        UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], cpu_q_c64(x[t], n64)[b]);
+        UNROLL for (int j = 0; j < 8; j++) {
+            __m512i v = _mm512_loadu_si512(p + j * 64), s = mx4_shift(h, j / 4);
+            PREFETCH(p + j * 64, 2048, T);
+            __m512i lo = _mm512_permutexvar_epi8(mx4_index(v, s), table);
+            __m512i hi = _mm512_permutexvar_epi8(mx4_index(_mm512_srli_epi16(v, 4), s), table);
+            UNROLL for (int t = 0; t < T; t++) {
+                NAME(dp_planes)(a[t], lo, x[t], n64, b * 64 + j * 8);
+                NAME(dp_planes)(a[t], hi, x[t], n64, b * 64 + j * 8 + 4);
+            }
+        }
+        __m512 ws = mx4_scale(h);
+        UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_fmadd_ps(
+            NAME(join_planes)(a[t]), _mm512_mul_ps(ws, _mm512_set1_ps(cpu_q_scale(x[t], n64)[b])), f[t]);
+    }
+    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
+}
+
+TILE NAME(u8_tile)(const uint8_t *w64, int64_t n64, const void *const *x, const int T, float *y) {
+    __m512 f[8];
+    UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < n64; b++, w64 += 1088) {
+        __m512i a[8][2];
+        UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], cpu_q_c64(x[t], n64)[b]);
+        UNROLL for (int g = 0; g < 16; g++) {
+            __m512i w = _mm512_loadu_si512(w64 + 64 + g * 64);
+            UNROLL for (int t = 0; t < T; t++) NAME(dp_planes)(a[t], w, x[t], n64, b * 64 + g * 4);
+        }
+        __m512 ws = _mm512_loadu_ps(w64);
+        UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_fmadd_ps(
+            NAME(join_planes)(a[t]), _mm512_mul_ps(ws, _mm512_set1_ps(cpu_q_scale(x[t], n64)[b])), f[t]);
+    }
+    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
+}
+
+/* Exponents too far apart for bytes: the blocks of 32 are scaled one by one. */
+static void NAME(wide_mx4)(const uint8_t *panel, int64_t n64, const void *const *x, int n, float *y) {
+    const __m512i table = _mm512_load_si512(mx4_table), low4 = _mm512_set1_epi32(15);
+    for (int t = 0; t < n; t++) {
+        const uint8_t *head = panel, *p = panel + cpu_mx4_head(n64);
+        __m512 f = _mm512_setzero_ps();
+        for (int64_t b = 0; b < n64; b++, head += 32, p += 512) {
+            __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)head));
+            __m512 ws = _mm512_mul_ps(mx4_scale(h), _mm512_set1_ps(cpu_q_scale(x[t], n64)[b])), part[2];
+            for (int half = 0; half < 2; half++) {
+                __m512i a[2], s = _mm512_and_si512(_mm512_srli_epi32(h, half ? 4 : 0), low4);
+                NAME(begin_planes)(a, cpu_q_c32(x[t], n64)[b * 2 + half]);
+                for (int j = 0; j < 4; j++) {
+                    __m512i v = _mm512_loadu_si512(p + half * 256 + j * 64), none = _mm512_setzero_si512();
+                    int64_t col = b * 64 + half * 32 + j * 8;
+                    NAME(dp_planes)(a, _mm512_permutexvar_epi8(mx4_index(v, none), table), x[t], n64, col);
+                    v = _mm512_srli_epi16(v, 4);
+                    NAME(dp_planes)(a, _mm512_permutexvar_epi8(mx4_index(v, none), table), x[t], n64, col + 4);
+                }
+                part[half] = _mm512_scalef_ps(NAME(join_planes)(a), _mm512_cvtepi32_ps(s));
+            }
+            f = _mm512_fmadd_ps(_mm512_add_ps(part[0], part[1]), ws, f);
+        }
+        _mm512_storeu_ps(y + t * 16, f);
+    }
+}
+
+static void NAME(dot_mx4)(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y,
+                          uint8_t *scratch) {
+    int64_t n64 = cpu_n64(n_col);
+    if (panel[n64 * 32]) {
+        NAME(wide_mx4)(panel, n64, x, n, y);
+        return;
+    }
+    switch (n) {
+    case 1:
+        NAME(mx4_tile)(panel, n64, x, 1, y);
+        return;
+    case 2:
+        NAME(mx4_tile)(panel, n64, x, 2, y);
+        return;
+    case 3:
+        NAME(mx4_tile)(panel, n64, x, 3, y);
+        return;
+    case 4:
+        NAME(mx4_tile)(panel, n64, x, 4, y);
+        return;
+    }
+    mx4_unpack(panel, n64, scratch);
+#define CALL(T) NAME(u8_tile)(scratch, n64, x + at_, T, y + at_ * 16)
+    FOR_TILES(n, CALL)
+#undef CALL
+}
+
+/* ---- K-quants ---- */
+
+TILE NAME(q4k_tile)(const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
+    const __m512i low4 = _mm512_set1_epi8(15);
+    __m512 f[8];
+    UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < n64 * 2; b++) {
+        const uint8_t *head = panel + b / 8 * 2368, *p = head + 320 + b % 8 * 256, *sc = head + 64 + b % 8 * 16;
+        __m512 ws =
+            _mm512_mul_ps(half16(head), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)sc))));
+        __m512 ms = _mm512_mul_ps(
+            half16(head + 32), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(sc + 128)))));
+        __m512i a[8][2];
+        UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], 0);
+        UNROLL for (int j = 0; j < 4; j++) {
+            __m512i v = _mm512_loadu_si512(p + j * 64);
+            PREFETCH(p + j * 64, 4096, T);
+            __m512i lo = _mm512_and_si512(v, low4), hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), low4);
+            UNROLL for (int t = 0; t < T; t++) {
+                NAME(dp_planes)(a[t], lo, x[t], n64, b * 32 + j * 8);
+                NAME(dp_planes)(a[t], hi, x[t], n64, b * 32 + j * 8 + 4);
+            }
+        }
+        UNROLL for (int t = 0; t < T; t++) {
+            float s = cpu_q_scale(x[t], n64)[b / 2];
+            float sum = (float)cpu_q_c32(x[t], n64)[b] * (s * (1.0f / 128));
+            f[t] = _mm512_fmadd_ps(NAME(join_planes)(a[t]), _mm512_mul_ps(ws, _mm512_set1_ps(s)), f[t]);
+            f[t] = _mm512_fmadd_ps(ms, _mm512_set1_ps(sum), f[t]);
+        }
+    }
+    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
+}
+
+static void NAME(dot_q4k)(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y,
+                          uint8_t *scratch) {
+    (void)scratch;
+    int64_t n64 = cpu_n64(n_col);
+#define CALL(T) NAME(q4k_tile)(panel, n64, x + at_, T, y + at_ * 16)
+    FOR_TILES(n, CALL)
+#undef CALL
+}
+
+TILE NAME(q6k_tile)(const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
+    const __m512i low4 = _mm512_set1_epi8(15), bits = _mm512_set1_epi8(0x30);
+    __m512 f[8];
+    UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < n64 * 4; b++) { /* blocks of 16 */
+        const uint8_t *head = panel + b / 16 * 3392, *p = head + 320 + b % 16 * 128;
+        __m512i high = _mm512_loadu_si512(head + 2368 + b % 16 * 64);
+        __m512 ws = _mm512_mul_ps(half16(head), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+                                                    _mm_loadu_si128((const __m128i *)(head + 64 + b % 16 * 16)))));
+        __m512i a[8][2];
+        UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], cpu_q_c16(x[t], n64)[b]);
+        UNROLL for (int j = 0; j < 2; j++) {
+            __m512i v = _mm512_loadu_si512(p + j * 64);
+            PREFETCH(p + j * 64, 4096, T);
+            __m512i s0 = j ? high : _mm512_slli_epi16(high, 4),
+                    s1 = j ? _mm512_srli_epi16(high, 2) : _mm512_slli_epi16(high, 2);
+            __m512i lo = _mm512_or_si512(_mm512_and_si512(v, low4), _mm512_and_si512(s0, bits));
+            __m512i hi = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(v, 4), low4), _mm512_and_si512(s1, bits));
+            UNROLL for (int t = 0; t < T; t++) {
+                NAME(dp_planes)(a[t], lo, x[t], n64, b * 16 + j * 8);
+                NAME(dp_planes)(a[t], hi, x[t], n64, b * 16 + j * 8 + 4);
+            }
+        }
+        UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_fmadd_ps(
+            NAME(join_planes)(a[t]), _mm512_mul_ps(ws, _mm512_set1_ps(cpu_q_scale(x[t], n64)[b / 4])), f[t]);
+    }
+    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
+}
+
+static void NAME(dot_q6k)(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y,
+                          uint8_t *scratch) {
+    (void)scratch;
+    int64_t n64 = cpu_n64(n_col);
+#define CALL(T) NAME(q6k_tile)(panel, n64, x + at_, T, y + at_ * 16)
+    FOR_TILES(n, CALL)
+#undef CALL
+}
+
+static void NAME(quantise)(const float *x, int64_t n, uint8_t *row) {
+    int64_t n64 = cpu_n64(n);
+    int32_t *c64 = (int32_t *)(row + n64 * 132), *c32 = (int32_t *)(row + n64 * 136),
+            *c16 = (int32_t *)(row + n64 * 144);
+    const int largest = PLANES == 2 ? 127 * 256 : 127;
+    const __m512i low_byte = _mm512_set1_epi32(255), edge = _mm512_set1_epi32(128), one = _mm512_set1_epi32(1);
+    for (int64_t b = 0; b < n64; b++) {
+        int64_t left = n - b * 64;
+        __m512 v[4], m = _mm512_setzero_ps();
+        UNROLL for (int i = 0; i < 4; i++) {
+            int64_t k = left - i * 16;
+            v[i] = _mm512_maskz_loadu_ps(k >= 16 ? 0xffff
+                                         : k > 0 ? (__mmask16)((1u << k) - 1)
+                                                 : 0,
+                                         x + b * 64 + i * 16);
+            m = _mm512_max_ps(m, _mm512_abs_ps(v[i]));
+        }
+        float top = _mm512_reduce_max_ps(m), inv = largest / top;
+        if (!(top > 1e-30f) || !(top < 1e30f)) /* nothing worth keeping, or not a number */
+            top = inv = 0;
+        int32_t sum[4];
+        UNROLL for (int i = 0; i < 4; i++) {
+            __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], _mm512_set1_ps(inv)));
+            __m512i high = q;
+            if (PLANES == 2) {
+                q = _mm512_mask_add_epi32(q, _mm512_cmpeq_epi32_mask(_mm512_and_si512(q, low_byte), edge), q, one);
+                high = _mm512_srai_epi32(_mm512_add_epi32(q, edge), 8);
+                _mm_storeu_si128((__m128i *)(row + (n64 + b) * 64 + i * 16), _mm512_cvtepi32_epi8(q));
+            }
+            _mm_storeu_si128((__m128i *)(row + b * 64 + i * 16), _mm512_cvtepi32_epi8(high));
+            sum[i] = _mm512_reduce_add_epi32(q);
+            c16[b * 4 + i] = -32 * sum[i];
+        }
+        ((float *)(row + n64 * 128))[b] = top / largest;
+        c32[b * 2] = -128 * (sum[0] + sum[1]);
+        c32[b * 2 + 1] = -128 * (sum[2] + sum[3]);
+        c64[b] = c32[b * 2] + c32[b * 2 + 1];
+    }
+}
