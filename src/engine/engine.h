@@ -107,7 +107,7 @@ typedef struct eng_request {
     int32_t max_new;       /* >= 0; <= 0 means up to the context's end */
     samp_params sampling;
     bool has_seed;          /* else one is drawn and reported */
-    const int32_t *stop_id; /* copied; tokens that end the request; NULL with n 0: the tokenizer's eos */
+    const int32_t *stop_id; /* copied; tokens that end the request; none given: tok_ends of the tokenizer */
     int n_stop_id;
     bool ignore_eos;
     int top_logprobs;        /* -1 = none, 0..20 */

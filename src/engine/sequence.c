@@ -98,7 +98,8 @@ static void choose_boundaries(eng_request *r) {
 }
 
 orcd_status seq_new(const eng *e, const eng_request *r, seq **out, orcd_error *err) {
-    int32_t n_limit = 0, eos = e->tok ? tok_eos(e->tok) : -1;
+    int32_t n_limit = 0, end[4];
+    int n_end = e->tok ? tok_ends(e->tok, end) : 0;
     *out = NULL;
     ORCD_TRY(check(e, r, err));
     ORCD_TRY(limit(e, r, &n_limit, err));
@@ -107,7 +108,7 @@ orcd_status seq_new(const eng *e, const eng_request *r, seq **out, orcd_error *e
     seq *s = calloc(1, sizeof *s);
     if (s) {
         s->token = malloc((size_t)n_limit * sizeof *s->token);
-        s->copies = malloc(stop + bound + bias_id + bias + sizeof eos + 5 * 16);
+        s->copies = malloc(stop + bound + bias_id + bias + sizeof end + 5 * 16);
     }
     if (!s || !s->token || !s->copies) {
         seq_free(s);
@@ -119,9 +120,9 @@ orcd_status seq_new(const eng *e, const eng_request *r, seq **out, orcd_error *e
     s->r.bias_id = put(&at, r->bias_id, bias_id);
     s->r.bias = put(&at, r->bias, bias);
     s->r.stop_id = put(&at, r->stop_id, stop);
-    if (r->n_stop_id == 0 && eos >= 0) {
-        s->r.stop_id = put(&at, &eos, sizeof eos);
-        s->r.n_stop_id = 1;
+    if (r->n_stop_id == 0) {
+        s->r.stop_id = put(&at, end, (size_t)n_end * sizeof *end);
+        s->r.n_stop_id = n_end;
     }
     choose_boundaries(&s->r);
     if (!r->has_seed && getrandom(&s->r.sampling.seed, sizeof s->r.sampling.seed, 0) < 0)

@@ -17,6 +17,19 @@ int32_t tok_bos(const tok *t) { return t->bos; }
 
 int32_t tok_eos(const tok *t) { return t->eos; }
 
+int tok_ends(const tok *t, int32_t id[4]) {
+    static const char *const name[] = {"<|endoftext|>", "<|return|>", "<|call|>"};
+    int n = 0;
+    if (t->eos >= 0)
+        id[n++] = t->eos;
+    for (size_t i = 0; i < ORCD_COUNT(name); i++) {
+        int32_t end = tok_special(t, name[i]);
+        if (end >= 0 && end != t->eos)
+            id[n++] = end;
+    }
+    return n;
+}
+
 bool tok_is_special(const tok *t, int32_t id) { return id < 0 || id >= t->n_vocab || !(t->entry[id].flags & TOK_TEXT); }
 
 int32_t tok_special(const tok *t, const char *text) { return tok_lookup(t, &t->special, text, strlen(text)); }

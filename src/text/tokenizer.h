@@ -26,9 +26,12 @@ void tok_close(tok *t);
 
 tok_kind tok_kind_of(const tok *t);
 tok_split tok_split_of(const tok *t);
-int32_t tok_n_vocab(const tok *t);             /* one more than the largest id */
-int32_t tok_bos(const tok *t);                 /* -1 when the model has none; never added by itself */
-int32_t tok_eos(const tok *t);                 /* -1 when none */
+int32_t tok_n_vocab(const tok *t); /* one more than the largest id */
+int32_t tok_bos(const tok *t);     /* -1 when the model has none; never added by itself */
+int32_t tok_eos(const tok *t);     /* -1 when none */
+/* The tokens that end a text: eos, and of <|endoftext|>, <|return|> and <|call|> those that there are. Returns how
+ * many. */
+int tok_ends(const tok *t, int32_t id[4]);
 bool tok_is_special(const tok *t, int32_t id); /* control or reserved */
 /* Id of a special token by its text ("<|start|>"), -1 when absent. */
 int32_t tok_special(const tok *t, const char *text);
