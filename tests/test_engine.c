@@ -45,7 +45,7 @@ typedef struct job {
     pthread_mutex_t lock;
     pthread_cond_t cond;
     /* what on_token does */
-    int end_at, force_at;
+    int end_at, force_at, replace_at;
     const int32_t *force;
     int n_force;
     int gate_at; /* waits here until `open` */
@@ -82,6 +82,11 @@ static eng_verdict on_token(void *ctx, const eng_token *t) {
         v.action = ENG_END;
     if (j->force_at && j->n_out == j->force_at)
         v = (eng_verdict){ENG_FORCE, j->force, j->n_force};
+    if (j->replace_at && j->n_out == j->replace_at) {
+        v = (eng_verdict){ENG_REPLACE, j->force, j->n_force};
+        j->replace_at = 0;
+        j->n_out--;
+    }
     return v;
 }
 
@@ -600,6 +605,20 @@ static void force__tokens_are_fed_reported_and_change_what_follows(void **state)
     assert_int_equal(cut->n_out, 5);
     assert_int_equal(cut->result.stop, ENG_STOP_LENGTH);
 
+    job *replaced = new_job(prompt, 20, 15); /* the third token is taken back */
+    replaced->replace_at = 3;
+    replaced->force = forced;
+    replaced->n_force = 2;
+    wait_for(submit(e, replaced));
+    assert_int_equal(replaced->n_out, 15);
+    assert_memory_equal(replaced->out, a->out, 2 * sizeof *forced);
+    assert_memory_equal(replaced->out + 2, forced, 2 * sizeof *forced);
+    memcpy(with + 20, replaced->out, 4 * sizeof *with);
+    job *same = wait_for(submit(e, new_job(with, 24, 11)));
+    assert_memory_equal(same->out, replaced->out + 4, 11 * sizeof *with);
+    free_job(replaced);
+    free_job(same);
+
     const int32_t stop_id = a->out[2];
     job *stop = new_job(prompt, 20, 15), *resisted = new_job(prompt, 20, 15);
     stop->r.stop_id = resisted->r.stop_id = &stop_id;
@@ -947,6 +966,11 @@ static job *eventful_job(int i, int32_t prompt[400]) {
     }
     if (i % 7 == 2)
         j->end_at = 5;
+    if (i % 4 == 2) {
+        j->replace_at = 2 + i % 5;
+        j->force = forced;
+        j->n_force = 1 + i % 2;
+    }
     if (i % 11 == 3)
         j->r.top_logprobs = 3;
     if (i % 13 == 4)

@@ -43,6 +43,7 @@ struct seq {
     int rows;             /* of the step in hand */
     const flight *awaits; /* the next token is this one's output row number `awaited`; it counts as known below */
     int awaited;
+    bool turned; /* a verdict on the last token put others after it or in its place */
     prefix_cursor cursor;
     int next_boundary;
     double t_submit, t_start, t_first, t_last; /* seconds; t_first 0 = no token yet */

@@ -360,11 +360,10 @@ static void hand_out(eng *e, flight *f, const int32_t *id) {
         if (s->awaits == f)
             s->awaits = NULL;
         f->seq[k] = NULL;
-        int32_t known = s->n_tok + 1;
         if (!next_token(e, s, f->logits, k, id ? id + k : NULL, &why, &err))
             finish(e, s, why, &err);
-        else if (s->n_tok != known)
-            forget_awaited(e, s); /* forced elsewhere */
+        else if (s->turned)
+            forget_awaited(e, s); /* it goes on differently */
     }
     f->n_out = 0;
 }

@@ -191,8 +191,11 @@ static bool tell(eng *e, seq *s, eng_token *t, bool sampled, eng_stop *why) {
         if (s->r.on_token)
             v = s->r.on_token(s->r.ctx, t);
         bool replace = v.action == ENG_REPLACE && sampled && v.n > 0;
-        if (replace)
+        if (replace) {
             s->n_told = --s->n_tok;
+            s->n_fed = s->n_fed < s->n_tok ? s->n_fed : s->n_tok; /* a step ahead has fed it already */
+        }
+        s->turned |= replace || v.action == ENG_FORCE;
         if (v.action == ENG_FORCE || v.action == ENG_REPLACE)
             for (int i = 0; i < v.n && s->n_tok < s->n_limit; i++)
                 if (v.id[i] >= 0 && v.id[i] < e->cfg.n_vocab)
@@ -242,5 +245,6 @@ bool seq_take(eng *e, seq *s, int32_t id, const float *logits, eng_stop *why) {
     if (s->t_first <= 0)
         s->t_first = s->t_last;
     s->token[s->n_tok++] = id;
+    s->turned = false;
     return tell(e, s, &t, true, why);
 }
