@@ -285,8 +285,10 @@ static orcd_status reserve_batch(cuda_dev *d, int max_tok, int max_out, orcd_err
     cuda_graphs_drop(d, NULL); /* they read the old addresses */
     cudaFree(d->arr.batch);
     d->arr = cuda_arrays{};
-    cudaFreeHost(d->id_host);
-    d->id_host = NULL;
+    for (auto &ids : d->ids) {
+        cudaFreeHost(ids.host);
+        ids.host = NULL;
+    }
     max_tok = max_tok > d->max_tok ? max_tok : d->max_tok;
     max_out = max_out > d->max_out ? max_out : d->max_out;
     d->max_tok = d->max_out = 0;
@@ -307,7 +309,8 @@ static orcd_status reserve_batch(cuda_dev *d, int max_tok, int max_out, orcd_err
     d->arr.id = (int32_t *)(p + outs * 4);
     CUDA_TRY(d, "clearing the batch arrays", cudaMemset(d->arr.batch, 0, 256));
     CUDA_TRY(d, "clearing the batch arrays", cudaMemset(d->arr.id, 0, outs * 4));
-    CUDA_TRY(d, "pinning the sampled ids", cudaMallocHost((void **)&d->id_host, outs * 4));
+    for (auto &ids : d->ids)
+        CUDA_TRY(d, "pinning the sampled ids", cudaMallocHost((void **)&ids.host, outs * 4));
     d->max_tok = max_tok;
     d->max_out = max_out;
     return ORCD_OK;

@@ -215,9 +215,12 @@ struct cuda_dev {
     int max_tok, max_out;
     cuda_staging staging[CUDA_N_STAGING];
     int next_staging;
-    int32_t *id_host; /* pinned, [max_out] */
-    cudaEvent_t id_ready;
-    int n_id;
+    struct {           /* ids of the steps that `sampled` has not answered for, oldest first from id_first */
+        int32_t *host; /* pinned, [max_out] */
+        cudaEvent_t ready;
+        int n;
+    } ids[2];
+    int id_first, n_id_open;
 
     int64_t want_pairs, want_ff, want_embd, want_expert; /* largest asked for, for scratch */
     cuda_scratch scratch;

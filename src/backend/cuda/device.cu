@@ -74,9 +74,11 @@ static void dev_close(be_device *base) {
     cudaFree(d->flag);
     cudaFree(d->upload);
     cudaFree(d->arr.batch);
-    cudaFreeHost(d->id_host);
-    if (d->id_ready)
-        cudaEventDestroy(d->id_ready);
+    for (auto &ids : d->ids) {
+        cudaFreeHost(ids.host);
+        if (ids.ready)
+            cudaEventDestroy(ids.ready);
+    }
     if (d->copy)
         cudaStreamDestroy(d->copy);
     if (d->stream)
@@ -127,7 +129,8 @@ static orcd_status dev_open(const be_params *p, be_device **out, orcd_error *err
              prop.major, prop.minor);
     if ((e = cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking)) != cudaSuccess ||
         (e = cudaStreamCreateWithFlags(&d->copy, cudaStreamNonBlocking)) != cudaSuccess ||
-        (e = cudaEventCreateWithFlags(&d->id_ready, cudaEventDisableTiming)) != cudaSuccess ||
+        (e = cudaEventCreateWithFlags(&d->ids[0].ready, cudaEventDisableTiming)) != cudaSuccess ||
+        (e = cudaEventCreateWithFlags(&d->ids[1].ready, cudaEventDisableTiming)) != cudaSuccess ||
         (e = cudaMalloc(&d->flag, 256)) != cudaSuccess) {
         st = cuda_fail(d, e, "making streams", err);
         goto done;

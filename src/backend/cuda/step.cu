@@ -532,6 +532,8 @@ static orcd_status run(cuda_dev *d, cuda_step *s, orcd_error *err) {
             *err = s->error;
         return s->error.code;
     }
+    if (s->samples && d->n_id_open == 2)
+        return orcd_fail(err, ORCD_ERR_ARG, "two steps have sampled ids that were not read yet");
     if (kv && kv->failed != ORCD_OK)
         return orcd_fail(err, kv->failed, "changing the page table or copying a page failed");
     ORCD_TRY(upload(d, s, &shape, err));
@@ -548,10 +550,12 @@ static orcd_status run(cuda_dev *d, cuda_step *s, orcd_error *err) {
         CUDA_TRY(d, "running a step", cudaStreamSynchronize(d->stream));
         return ORCD_OK;
     }
-    d->n_id = s->base.batch.n_out;
+    auto *ids = &d->ids[(d->id_first + d->n_id_open) % 2];
+    ids->n = s->base.batch.n_out;
     CUDA_TRY(d, "reading sampled ids",
-             cudaMemcpyAsync(d->id_host, d->arr.id, (size_t)d->n_id * 4, cudaMemcpyDeviceToHost, d->stream));
-    CUDA_TRY(d, "reading sampled ids", cudaEventRecord(d->id_ready, d->stream));
+             cudaMemcpyAsync(ids->host, d->arr.id, (size_t)ids->n * 4, cudaMemcpyDeviceToHost, d->stream));
+    CUDA_TRY(d, "reading sampled ids", cudaEventRecord(ids->ready, d->stream));
+    d->n_id_open++;
     return ORCD_OK;
 }
 
@@ -565,7 +569,12 @@ orcd_status cuda_step_end(be_step *base, orcd_error *err) {
 
 orcd_status cuda_sampled(be_device *base, int32_t *id, orcd_error *err) {
     cuda_dev *d = (cuda_dev *)base;
-    CUDA_TRY(d, "waiting for a step", cudaEventSynchronize(d->id_ready));
-    memcpy(id, d->id_host, (size_t)d->n_id * 4);
+    if (d->n_id_open == 0)
+        return orcd_fail(err, ORCD_ERR_ARG, "no step has sampled ids that were not read yet");
+    auto *ids = &d->ids[d->id_first];
+    d->id_first ^= 1;
+    d->n_id_open--;
+    CUDA_TRY(d, "waiting for a step", cudaEventSynchronize(ids->ready));
+    memcpy(id, ids->host, (size_t)ids->n * 4);
     return ORCD_OK;
 }
