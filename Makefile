@@ -113,6 +113,11 @@ fuzz-programs: $(patsubst fuzz/%.c,$B/%,$(wildcard fuzz/fuzz_*.c))
 $B/fuzz_%: $B/fuzz/fuzz_%.o $B/liborcd.a
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
 
+# On a machine with a GPU: the backend against the reference, golden logits, the demo model against the CPU.
+CUDA_TESTS := test_ops test_ops_sequence
+test-cuda: $(CUDA_TESTS:%=$B/tests/%) $B/tests/test_golden
+	$(Q)for t in $(CUDA_TESTS); do $B/tests/$$t cuda || exit 1; done; $B/tests/test_golden
+
 lint:
 	$(Q)tools/lint
 

@@ -154,6 +154,78 @@ static void test_cpu_matches_transformers(void **state) {
     assert_true((double)sum.n_top1 >= 0.99 * (double)sum.n);
 }
 
+/* True when this machine has the device; says so when it has not. */
+static bool opens(const char *backend) {
+    be_device *dev;
+    orcd_error err;
+    const be_ops *ops = be_find(backend);
+    if (!ops)
+        return false;
+    if (ops->open(&(be_params){0}, &dev, &err) != ORCD_OK) {
+        printf("SKIP: %s\n", err.message);
+        return false;
+    }
+    ops->close(dev);
+    return true;
+}
+
+static void test_cuda_matches_transformers(void **state) {
+    (void)state;
+    compare sum = {0};
+    if (!opens("cuda"))
+        skip();
+    for (size_t i = 0; i < ORCD_COUNT(goldens); i++) {
+        compare c;
+        run_model(&goldens[i], "cuda", &c);
+        assert_true(c.min_cosine >= 0.9995);
+        sum.n += c.n;
+        sum.n_top1 += c.n_top1;
+    }
+    assert_true((double)sum.n_top1 >= 0.99 * (double)sum.n);
+}
+
+/* The likeliest token after each of `n` ids, by one backend. */
+typedef struct best {
+    int32_t *id;
+    int64_t n_vocab;
+} best;
+
+static bool note_best(void *ctx, int64_t pos, const float *logits) {
+    best *b = ctx;
+    b->id[pos] = (int32_t)argmax(logits, b->n_vocab);
+    return true;
+}
+
+/* 2,000 tokens of the bundled model, teacher forced: the CPU and the GPU would go on alike. */
+static void test_cuda_agrees_with_cpu_on_fable(void **state) {
+    (void)state;
+    enum { N = 1000 };
+    static int32_t id[N], of[2][N];
+    int64_t same = 0, all = 0;
+    orcd_error err;
+    if (!opens("cuda"))
+        skip();
+    for (int k = 1; k <= 2; k++) { /* two contexts: prompts of the golden data, then what follows them */
+        file_map prompt;
+        assert_true(map("fable", "prompt", k, "i32", &prompt));
+        size_t have = prompt.size / 4;
+        for (size_t i = 0; i < N; i++) /* real text, over and over */
+            id[i] = ((const int32_t *)(const void *)prompt.data)[i % have];
+        file_close(&prompt);
+        for (int b = 0; b < 2; b++) {
+            teacher *t = open_model(&goldens[3], b ? "cuda" : "cpu", 96);
+            best into = {of[b], teacher_config(t)->n_vocab};
+            if (teacher_run(t, id, N, 0, note_best, &into, &err) != ORCD_OK)
+                fail_msg("%s", err.message);
+            teacher_close(t);
+        }
+        for (int i = 0; i < N; i++, all++)
+            same += of[0][i] == of[1][i];
+    }
+    printf("fable: CPU and GPU agree on %lld of %lld\n", (long long)same, (long long)all);
+    assert_true((double)same >= 0.99 * (double)all);
+}
+
 /* A sequence fed in pieces of any size gives what it gives at once. */
 static void test_prefill_equals_decode(void **state) {
     (void)state;
@@ -162,8 +234,8 @@ static void test_prefill_equals_decode(void **state) {
     assert_true(map("gptoss-mini", "prompt", 3, "i32", &prompt));
     int64_t n = (int64_t)(prompt.size / 4);
     for (size_t b = 0; b < be_count(); b++) {
-        if (strcmp(be_at(b)->name, "cuda") == 0)
-            continue; /* make test-cuda */
+        if (!opens(be_at(b)->name))
+            continue;
         file_map logits;
         assert_true(map("gptoss-mini", "logits", 3, "f32", &logits));
         for (size_t k = 0; k < ORCD_COUNT(chunk); k++) {
@@ -180,8 +252,8 @@ static void test_prefill_equals_decode(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_ref_matches_transformers),
-        cmocka_unit_test(test_cpu_matches_transformers),
+        cmocka_unit_test(test_ref_matches_transformers),  cmocka_unit_test(test_cpu_matches_transformers),
+        cmocka_unit_test(test_cuda_matches_transformers), cmocka_unit_test(test_cuda_agrees_with_cpu_on_fable),
         cmocka_unit_test(test_prefill_equals_decode),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

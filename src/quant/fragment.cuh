@@ -76,10 +76,9 @@ static __device__ __forceinline__ float2 f16x2_to_float2(uint32_t h) {
     return __half22float2(x);
 }
 
-/* Rounded to nearest even, saturated to the largest finite f16; a in the low half. */
+/* Rounded to nearest even; what is too large becomes infinite, so that a row that broke is seen. a in the low half. */
 static __device__ __forceinline__ uint32_t f16x2(float a, float b) {
-    const float top = 65504.f;
-    __half2 h = __floats2half2_rn(fminf(fmaxf(a, -top), top), fminf(fmaxf(b, -top), top));
+    const __half2 h = __floats2half2_rn(a, b);
     uint32_t u;
     memcpy(&u, &h, 4);
     return u;

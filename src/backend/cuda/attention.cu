@@ -31,7 +31,11 @@ struct attn_args {
 };
 
 /* Eight consecutive values as f16. */
-static __device__ __forceinline__ uint4 kv_load(const __half *p) { return *(const uint4 *)p; }
+static __device__ __forceinline__ uint4 kv_load(const __half *p) {
+    uint4 v; /* volatile: the compiler would sink it to its use, one wait after the other */
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
 static __device__ __forceinline__ uint4 kv_load(const float *p) {
     const float4 a = ((const float4 *)p)[0], b = ((const float4 *)p)[1];
     return make_uint4(f16x2(a.x, a.y), f16x2(a.z, a.w), f16x2(b.x, b.y), f16x2(b.z, b.w));
@@ -76,21 +80,36 @@ static __device__ __forceinline__ void load_q(const attn_args &a, const attn_row
         }
 }
 
-template <int DIM, class T>
+/* LOADS_FIRST: all keys and values are on their way before the first is used, for warps that wait for nothing else. */
+template <int DIM, class T, bool LOADS_FIRST>
 static __device__ __forceinline__ void do_page(const attn_args &a, const attn_rows &r, const uint4 (&q)[2][DIM / 32],
                                                const T *page, int key0, int lane, attn_part<DIM> &out) {
     const int g = lane >> 2, t = lane & 3;
+    const T *vt = page + BE_PAGE * DIM;
     float s[2][4][4];
+    uint4 keys[2][4][DIM / 32], values[LOADS_FIRST ? 2 : 1][LOADS_FIRST ? DIM / 8 : 1];
+#pragma unroll
+    for (int b = 0; b < 2; b++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int e = 0; e < DIM / 32; e++)
+                keys[b][i][e] = kv_load(page + (32 * b + (g >> 1) * 8 + 2 * i + (g & 1)) * DIM + t * 8 + e * 32);
+    if (LOADS_FIRST)
+#pragma unroll
+        for (int b = 0; b < 2; b++)
+#pragma unroll
+            for (int n = 0; n < DIM / 8; n++)
+                values[b][n] = kv_load(vt + (8 * n + g) * BE_PAGE + 32 * b + t * 8);
 #pragma unroll
     for (int b = 0; b < 2; b++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const T *k = page + (32 * b + (g >> 1) * 8 + 2 * i + (g & 1)) * DIM + t * 8;
             float(&z)[4] = s[b][i];
             z[0] = z[1] = z[2] = z[3] = 0;
 #pragma unroll
             for (int e = 0; e < DIM / 32; e++) {
-                const uint4 v = kv_load(k + e * 32);
+                const uint4 v = keys[b][i][e];
                 mma_f16(z, q[0][e].x, q[1][e].x, q[0][e].y, q[1][e].y, v.x, v.y);
                 mma_f16(z, q[0][e].z, q[1][e].z, q[0][e].w, q[1][e].w, v.z, v.w);
             }
@@ -136,14 +155,14 @@ static __device__ __forceinline__ void do_page(const attn_args &a, const attn_ro
                    (2 * i + 1 >= low && 2 * i + 1 <= high ? 0xFFFF0000u : 0);
         keep[b] = make_uint4(w[0], w[1], w[2], w[3]);
     }
-    const T *vt = page + BE_PAGE * DIM;
 #pragma unroll
     for (int n = 0; n < DIM / 8; n++) {
         float(&o)[4] = out.o[n];
         o[0] = o[1] = o[2] = o[3] = 0;
 #pragma unroll
         for (int b = 0; b < 2; b++) {
-            uint4 v = kv_load(vt + (8 * n + g) * BE_PAGE + 32 * b + t * 8);
+            uint4 v = LOADS_FIRST ? values[LOADS_FIRST ? b : 0][LOADS_FIRST ? n : 0]
+                                  : kv_load(vt + (8 * n + g) * BE_PAGE + 32 * b + t * 8);
             if (!whole)
                 v = make_uint4(v.x & keep[b].x, v.y & keep[b].y, v.z & keep[b].z, v.w & keep[b].w);
             mma_f16(o, p[0][b][0], p[1][b][0], p[0][b][1], p[1][b][1], v.x, v.y);
@@ -236,7 +255,7 @@ template <int DIM, class T> static __global__ __launch_bounds__(128) void attn_t
         for (int p = from; p <= to; p++) {
             const T *src =
                 (const T *)(a.layer + (int64_t)max(table[p], 0) * a.page_bytes) + kv_head * 2 * BE_PAGE * DIM;
-            do_page<DIM, T>(a, r, q, src, p * BE_PAGE, lane, page);
+            do_page<DIM, T, false>(a, r, q, src, p * BE_PAGE, lane, page);
             merge_part(super, page);
             if (p % SUPER == SUPER - 1 || p == to) {
                 merge_part(all, super);
@@ -277,7 +296,7 @@ template <int DIM, class T> static __global__ __launch_bounds__(256) void attn_o
         load_q<DIM>(a, r, t, q);
         attn_part<DIM> page;
         const T *src = (const T *)(a.layer + (int64_t)max(id, 0) * a.page_bytes) + kv_head * 2 * BE_PAGE * DIM;
-        do_page<DIM, T>(a, r, q, src, p * BE_PAGE, lane, page);
+        do_page<DIM, T, DIM <= 64>(a, r, q, src, p * BE_PAGE, lane, page);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float *to = part + (warp * 16 + g + h * 8) * W;

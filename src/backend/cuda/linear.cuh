@@ -1,6 +1,6 @@
 /* backend/cuda/linear.cuh: packed matrices times rows: one kernel for few rows, one for many, the same bits.
  *
- * few: a block holds one tile of 16 matrix rows; its 16 warps take one segment of columns each, with the first weights
+ * few: a block walks tiles of 16 matrix rows; its 16 warps take one segment of columns each, with the first weights
  * on their way before the wait for the input. Segments meet in shared memory.
  * many: a block holds 8 tiles and 64 columns (tokens); 4 warps walk all segments of 2 tiles each, weights and
  * activations passing through shared memory in stages. */
@@ -41,14 +41,14 @@ struct lin_args {
 struct lin_cols {
     int mat, first, n;
 };
-template <lin_mode MODE> static __device__ __forceinline__ lin_cols lin_columns(const lin_args &a, int per) {
+template <lin_mode MODE> static __device__ __forceinline__ lin_cols lin_columns(const lin_args &a, int per, int block) {
     if (MODE == LIN_DENSE) {
-        const int first = (int)blockIdx.y * per;
+        const int first = block * per;
         return {0, first, min(per, count_rows(a.rows) - first)};
     }
-    if ((int)blockIdx.y >= *(const volatile int32_t *)a.n_tiles)
+    if (block >= *(const volatile int32_t *)a.n_tiles)
         return {0, 0, 0};
-    const int4 t = a.tile[blockIdx.y];
+    const int4 t = a.tile[block];
     return {t.x, t.y, t.z};
 }
 
@@ -107,77 +107,146 @@ static __device__ __forceinline__ void lin_put_glu(const lin_args &a, int mat, i
 
 #define LIN_WARPS CUDA_MAX_SPLIT
 
-template <class F, int NT, lin_mode MODE>
-static __global__ __launch_bounds__(LIN_WARPS * 32) void lin_few_kernel(lin_args a) {
-    constexpr int COLS = NT * 8, AHEAD = F::AHEAD;
-    __shared__ float red[LIN_WARPS][16][COLS];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3, tile = blockIdx.x;
-    const int u0 = min(warp * a.seg, a.n_unit), u1 = min(u0 + a.seg, a.n_unit);
-    typename F::raw w[AHEAD];
-    if (MODE != LIN_DENSE)
-        pdl_wait(); /* the expert is only known then */
-    lin_cols c = lin_columns<MODE>(a, COLS);
-    if (MODE != LIN_DENSE && c.n <= 0)
-        return;
-    const uint8_t *src = a.w + c.mat * a.mat_bytes + (int64_t)tile * a.n_unit * F::CHUNK;
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++)
-        if (u0 + i < u1)
-            w[i] = F::load(src + (int64_t)(u0 + i) * F::CHUNK, lane);
-    pdl_launch();
-    if (MODE == LIN_DENSE) {
-        pdl_wait();
-        c = lin_columns<MODE>(a, COLS);
-        if (c.n <= 0)
-            return;
-    }
+/* 16-byte piece c (0..7) of a unit of activation row r in shared memory: rows of a phase take different banks. */
+static __device__ __forceinline__ int lin_piece(int r, int c) { return (c ^ ((r & 1) << 2)) << 4; }
+
+/* The columns in hand of lin_few: where their activations are. */
+template <int NT, bool SHARED> struct lin_input {
     const uint16_t *x[NT];
+    uint8_t *xs; /* [column][unit][128 bytes] */
+    int n_unit, g, t;
+
+    template <lin_mode MODE> __device__ __forceinline__ void open(const lin_args &a, const lin_cols &c) {
+        if (!SHARED) {
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-        const int i = n * 8 + g;
-        x[n] = i < c.n ? a.x + lin_source<MODE>(a, c.first + i) * a.ldx + t * 8 : NULL;
+            for (int n = 0; n < NT; n++)
+                x[n] = n * 8 + g < c.n ? a.x + lin_source<MODE>(a, c.first + n * 8 + g) * a.ldx + t * 8 : NULL;
+            return;
+        }
+        __syncthreads(); /* the columns before are done with */
+        for (int r = threadIdx.x / 32; r < NT * 8; r += LIN_WARPS) {
+            const uint4 *src = r < c.n ? (const uint4 *)(a.x + lin_source<MODE>(a, c.first + r) * a.ldx) : NULL;
+            uint8_t *dst = xs + (int64_t)r * n_unit * 128;
+            for (int i = threadIdx.x % 32; i < n_unit * 8; i += 32)
+                *(uint4 *)(dst + i / 8 * 128 + lin_piece(r, i % 8)) = src ? src[i] : make_uint4(0, 0, 0, 0);
+        }
+        __syncthreads();
     }
-    float acc[NT][4];
+    __device__ __forceinline__ uint4 piece(int n, int unit, int h) const {
+        if (SHARED)
+            return *(const uint4 *)(xs + ((int64_t)(n * 8 + g) * n_unit + unit) * 128 + lin_piece(g, h * 4 + t));
+        return x[n] ? *(const uint4 *)(x[n] + unit * 64 + h * 32) : make_uint4(0, 0, 0, 0);
+    }
+};
+
+/* acc += one unit. */
+template <class F, int NT, bool SHARED>
+static __device__ __forceinline__ void lin_unit(const typename F::raw &w, const lin_input<NT, SHARED> &in, int unit,
+                                                float (*acc)[4]) {
 #pragma unroll
-    for (int n = 0; n < NT; n++)
-        acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
-    for (int u = u0; u < u1; u += AHEAD) {
+    for (int h = 0; h < 2; h++) {
+        const typename F::frag f = F::get(w, h);
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            F::apply(acc[n], f, in.piece(n, unit, h));
+    }
+}
+
+/* Blocks share the list of (columns, tile) pairs evenly; the next tile's first weights are asked for before this one's
+ * segments meet. */
+template <class F, int NT, lin_mode MODE, bool SHARED>
+static __global__ __launch_bounds__(LIN_WARPS * 32, NT > 2 ? 1 : 2) void lin_few_kernel(lin_args a) {
+    constexpr int COLS = NT * 8, AHEAD = F::AHEAD;
+    extern __shared__ __align__(128) uint8_t shared[];
+    float(*red)[16][COLS] = (float(*)[16][COLS])shared; /* [2][LIN_WARPS][16][COLS] */
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_tile = a.n_tile;
+    const int u0 = min(warp * a.seg, a.n_unit), u1 = min(u0 + a.seg, a.n_unit);
+    const int n_seg = (a.n_unit + a.seg - 1) / a.seg;
+    lin_input<NT, SHARED> in;
+    in.xs = shared + 2 * sizeof(float) * LIN_WARPS * 16 * COLS;
+    in.n_unit = a.n_unit;
+    in.g = lane >> 2;
+    in.t = lane & 3;
+    typename F::raw w[AHEAD];
+    auto ask = [&](int mat, int tile) {
+        const uint8_t *src = a.w + mat * a.mat_bytes + ((int64_t)tile * a.n_unit + u0) * F::CHUNK;
 #pragma unroll
         for (int i = 0; i < AHEAD; i++)
-            if (u + i < u1) {
-                uint4 b[NT][2];
-#pragma unroll
-                for (int n = 0; n < NT; n++)
-#pragma unroll
-                    for (int h = 0; h < 2; h++)
-                        b[n][h] = x[n] ? *(const uint4 *)(x[n] + (u + i) * 64 + h * 32) : make_uint4(0, 0, 0, 0);
-                F::template mma<NT>(w[i], b, acc);
-                if (u + i + AHEAD < u1)
-                    w[i] = F::load(src + (int64_t)(u + i + AHEAD) * F::CHUNK, lane);
-            }
+            if (u0 + i < u1)
+                w[i] = F::load(src + i * F::CHUNK, lane);
+        return src;
+    };
+    /* experts are only known after the wait; how many columns there are too, but all DENSE blocks begin at column 0 */
+    const uint8_t *src = NULL;
+    int64_t n_block = 1;
+    if (MODE == LIN_DENSE) {
+        n_block = (a.rows.cap + COLS - 1) / COLS;
+        const int64_t first = n_block * n_tile * blockIdx.x / gridDim.x;
+        src = ask(0, (int)(first % n_tile));
     }
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            red[warp][g + (i >> 1) * 8][n * 8 + 2 * t + (i & 1)] = acc[n][i];
-    __syncthreads();
-    const int n_seg = (a.n_unit + a.seg - 1) / a.seg;
-    constexpr int R = MODE == LIN_GATE_UP ? 8 : 16;
-    for (int k = threadIdx.x; k < R * COLS; k += LIN_WARPS * 32) {
-        const int r = k % R, i = k / R;
-        if (i >= c.n)
-            break;
-        float s = red[0][r][i], up = MODE == LIN_GATE_UP ? red[0][r + 8][i] : 0;
-        for (int z = 1; z < n_seg; z++) {
-            s += red[z][r][i];
-            if (MODE == LIN_GATE_UP)
-                up += red[z][r + 8][i];
+    pdl_launch();
+    pdl_wait();
+    if (MODE != LIN_DENSE)
+        n_block = *(const volatile int32_t *)a.n_tiles;
+    const int64_t total = n_block * n_tile, first = total * blockIdx.x / gridDim.x;
+    const int64_t end = total * (blockIdx.x + 1) / gridDim.x;
+    int block = (int)(first / n_tile), tile = (int)(first - (int64_t)block * n_tile), k = 0;
+    lin_cols c = {0, 0, 0};
+    bool fresh = true;
+    for (int64_t item = first; item < end; item++, k ^= 1) {
+        if (fresh) {
+            c = lin_columns<MODE>(a, COLS, block);
+            if (c.n <= 0)
+                return; /* DENSE: rows of the bucket that the batch does not have; all that follow lack them too */
+            if (MODE != LIN_DENSE && item == first)
+                src = ask(c.mat, tile);
+            in.template open<MODE>(a, c);
         }
-        if (MODE == LIN_GATE_UP)
-            lin_put_glu(a, c.mat, tile * 8 + r, c.first + i, s, up);
-        else
-            lin_put<MODE>(a, c.mat, lin_row(a, tile, r), c.first + i, s);
+        float acc[NT][4];
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+        for (int u = u0; u < u1; u += AHEAD) {
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++)
+                if (u + i < u1) {
+                    lin_unit<F, NT, SHARED>(w[i], in, u + i, acc);
+                    if (u + i + AHEAD < u1)
+                        w[i] = F::load(src + (int64_t)(u + i + AHEAD - u0) * F::CHUNK, lane);
+                }
+        }
+        const lin_cols done = c;
+        const int done_tile = tile;
+        fresh = ++tile == n_tile;
+        if (fresh) {
+            tile = 0;
+            block++;
+        }
+        if (item + 1 < end)
+            src = ask(!fresh || MODE == LIN_DENSE ? c.mat : a.tile[block].x, tile);
+        float(*out)[16][COLS] = red + k * LIN_WARPS;
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            *(float2 *)&out[warp][in.g][n * 8 + 2 * in.t] = make_float2(acc[n][0], acc[n][1]);
+            *(float2 *)&out[warp][in.g + 8][n * 8 + 2 * in.t] = make_float2(acc[n][2], acc[n][3]);
+        }
+        __syncthreads(); /* the other buffer was read before the barrier of the tile before */
+        constexpr int R = MODE == LIN_GATE_UP ? 8 : 16;
+        for (int z = threadIdx.x; z < R * COLS; z += LIN_WARPS * 32) {
+            const int r = z % R, i = z / R;
+            if (i >= done.n)
+                break;
+            float s = out[0][r][i], up = MODE == LIN_GATE_UP ? out[0][r + 8][i] : 0;
+            for (int q = 1; q < n_seg; q++) {
+                s += out[q][r][i];
+                if (MODE == LIN_GATE_UP)
+                    up += out[q][r + 8][i];
+            }
+            if (MODE == LIN_GATE_UP)
+                lin_put_glu(a, done.mat, done_tile * 8 + r, done.first + i, s, up);
+            else
+                lin_put<MODE>(a, done.mat, lin_row(a, done_tile, r), done.first + i, s);
+        }
     }
 }
 
@@ -195,9 +264,6 @@ template <class F> struct lin_many {
     static constexpr int SHARED = STAGES * STAGE;
 };
 
-/* 16-byte piece c (0..7) of activation row r in a stage: rows of a phase take different banks. */
-static __device__ __forceinline__ int lin_piece(int r, int c) { return r * 128 + ((c ^ ((r & 1) << 2)) << 4); }
-
 template <class F, lin_mode MODE> static __global__ __launch_bounds__(128) void lin_many_kernel(lin_args a) {
     using P = lin_many<F>;
     constexpr int NT = MANY_COLS / 8;
@@ -205,7 +271,7 @@ template <class F, lin_mode MODE> static __global__ __launch_bounds__(128) void 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
     pdl_launch();
     pdl_wait();
-    const lin_cols c = lin_columns<MODE>(a, MANY_COLS);
+    const lin_cols c = lin_columns<MODE>(a, MANY_COLS, (int)blockIdx.y);
     if (c.n <= 0)
         return;
     const int tile0 = blockIdx.x * MANY_TILES;
@@ -226,7 +292,7 @@ template <class F, lin_mode MODE> static __global__ __launch_bounds__(128) void 
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int col = threadIdx.x / 8 + 16 * i;
-                cp_async16(s + P::A_BYTES + lin_piece(col, threadIdx.x % 8), x[i] + u * 64, col < c.n);
+                cp_async16(s + P::A_BYTES + col * 128 + lin_piece(col, threadIdx.x % 8), x[i] + u * 64, col < c.n);
             }
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
@@ -250,7 +316,7 @@ template <class F, lin_mode MODE> static __global__ __launch_bounds__(128) void 
                 f[m] = F::get(F::load_shared(s + (warp * 2 + m) * F::CHUNK, lane), h);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
-                const uint4 v = *(const uint4 *)(b + lin_piece(n * 8 + g, h * 4 + t));
+                const uint4 v = *(const uint4 *)(b + (n * 8 + g) * 128 + lin_piece(g, h * 4 + t));
                 F::apply(acc[0][n], f[0], v);
                 F::apply(acc[1][n], f[1], v);
             }
@@ -289,23 +355,44 @@ template <class F, lin_mode MODE> static __global__ __launch_bounds__(128) void 
 /* Columns per block for that many rows: 8, 16, 32 (few) or 64 (many). */
 static inline int lin_width(int rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : 64; }
 
+template <class F, int NT, lin_mode MODE, bool SHARED>
+static void lin_launch_few(cuda_run *r, const lin_args &a, size_t bytes, int n_block) {
+    const int64_t items = (int64_t)n_block * a.n_tile,
+                  slots = (int64_t)(bytes > 113 * 1024 || NT > 2 ? 1 : 2) * r->dev->n_sm;
+    if (r->error == cudaSuccess)
+        r->error = cudaFuncSetAttribute(lin_few_kernel<F, NT, MODE, SHARED>,
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    cuda_launch(r, lin_few_kernel<F, NT, MODE, SHARED>, dim3((unsigned)(items < slots ? items : slots)),
+                dim3(LIN_WARPS * 32), bytes, a);
+}
+
+#define LIN_MAX_SHARED ((size_t)226 * 1024)
+
+template <class F, int NT, lin_mode MODE> static void lin_launch_width(cuda_run *r, const lin_args &a, int n_block) {
+    const size_t sums = (size_t)2 * 4 * LIN_WARPS * 16 * NT * 8, rows = (size_t)NT * 8 * a.n_unit * 128;
+    if (sums + rows <= LIN_MAX_SHARED)
+        lin_launch_few<F, NT, MODE, true>(r, a, sums + rows, n_block);
+    else
+        lin_launch_few<F, NT, MODE, false>(r, a, sums, n_block);
+}
+
 template <class F, lin_mode MODE> static void lin_launch_form(cuda_run *r, const lin_args &a, int width, int n_block) {
-    dim3 few((unsigned)a.n_tile, (unsigned)n_block), many((unsigned)((a.n_tile + 7) / 8), (unsigned)n_block);
     switch (width) {
     case 8:
-        cuda_launch(r, lin_few_kernel<F, 1, MODE>, few, dim3(LIN_WARPS * 32), 0, a);
+        lin_launch_width<F, 1, MODE>(r, a, n_block);
         break;
     case 16:
-        cuda_launch(r, lin_few_kernel<F, 2, MODE>, few, dim3(LIN_WARPS * 32), 0, a);
+        lin_launch_width<F, 2, MODE>(r, a, n_block);
         break;
     case 32:
-        cuda_launch(r, lin_few_kernel<F, 4, MODE>, few, dim3(LIN_WARPS * 32), 0, a);
+        lin_launch_width<F, 4, MODE>(r, a, n_block);
         break;
     default:
         if (r->error == cudaSuccess)
             r->error = cudaFuncSetAttribute(lin_many_kernel<F, MODE>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             lin_many<F>::SHARED);
-        cuda_launch(r, lin_many_kernel<F, MODE>, many, dim3(128), lin_many<F>::SHARED, a);
+        cuda_launch(r, lin_many_kernel<F, MODE>, dim3((unsigned)((a.n_tile + 7) / 8), (unsigned)n_block), dim3(128),
+                    lin_many<F>::SHARED, a);
     }
 }
 

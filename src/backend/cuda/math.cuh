@@ -36,10 +36,10 @@ static __device__ __forceinline__ void rotate(float &lo, float &hi, float2 cs) {
     lo = a;
 }
 
-/* gpt-oss's clamped SwiGLU. */
+/* gpt-oss's clamped SwiGLU; NaN stays NaN, which fminf would lose. */
 static __device__ __forceinline__ float glu(float g, float u, float alpha, float limit) {
-    g = fminf(g, limit);
-    u = fminf(fmaxf(u, -limit), limit);
+    g = g > limit ? limit : g;
+    u = u > limit ? limit : u < -limit ? -limit : u;
     return g / (1.f + __expf(-alpha * g)) * (u + 1.f);
 }
 

@@ -12,9 +12,9 @@
 #define N_LIST 2048
 #define N_CHUNK 512
 
-/* Order of values as unsigned integers; the id below makes it total, lower ids first among equals. */
+/* Order of values as unsigned integers, NaN above all; the id below makes it total, lower ids first among equals. */
 static __device__ __forceinline__ uint64_t order_of(float x, int id) {
-    const uint32_t u = __float_as_uint(x);
+    const uint32_t u = x != x ? 0x7FFFFFFFu : __float_as_uint(x);
     return (uint64_t)(u & 0x80000000u ? ~u : u | 0x80000000u) << 32 | (uint32_t)~id;
 }
 static __device__ __forceinline__ int id_of(uint64_t order) { return (int)~(uint32_t)order; }
@@ -214,12 +214,13 @@ static __global__ __launch_bounds__(DRAW_THREADS) void draw_kernel(cuda_arrays a
         return;
     const be_sample p = a.sample[row];
     const uint64_t top = max_of_block(tid < CUDA_SAMPLE_PARTS ? best[row * CUDA_SAMPLE_PARTS + tid] : 0, s->part);
-    if (p.temperature <= 0.f || p.top_k == 1) {
+    const float max = logits[(int64_t)row * n + id_of(top)];
+    if (p.temperature <= 0.f || p.top_k == 1 || p.top_p <= 0.f || !isfinite(1.f / p.temperature) || !isfinite(max)) {
         if (tid == 0)
-            a.id[row] = id_of(top);
+            a.id[row] = isfinite(max) ? id_of(top) : -1;
         return;
     }
-    draw_row r = {logits + (int64_t)row * n, n, logits[(int64_t)row * n + id_of(top)], 1.f / p.temperature, 0, 0};
+    draw_row r = {logits + (int64_t)row * n, n, max, 1.f / p.temperature, 0, 0};
     const int per = (n + N_CHUNK - 1) / N_CHUNK;
     if (p.top_k > 0 && p.top_k < n)
         r.cut = select_cut(s, r, false, (uint64_t)p.top_k);
