@@ -19,7 +19,8 @@ static const cli_option option[] = {
     {"decode", 'd', CLI_STR, offsetof(options, decode), 0, 0, "\"1 2 3\"", "print the text of these ids"},
     {"jsonl", 0, CLI_FLAG, offsetof(options, jsonl), 0, 0, "",
      "standard input has {\"text\"} lines; write {\"ids\", \"decoded\"} lines"},
-    {"specials", 0, CLI_FLAG, offsetof(options, specials), 0, 0, "", "recognise control tokens in the text"},
+    {"specials", 0, CLI_FLAG, offsetof(options, specials), 0, 0, "",
+     "recognise control tokens in the text (--jsonl always does)"},
     {"tokenizer", 0, CLI_STR, offsetof(options, tokenizer), 0, 0, "FILE", "tokenizer.json, when not beside the model"},
     {0},
 };
@@ -59,8 +60,9 @@ done:
     return st;
 }
 
-/* One line of --jsonl. Bytes that are not UTF-8 cannot occur in JSON, so `decoded` is exact. */
-static orcd_status jsonl_line(const options *o, const tok *t, const char *line, size_t number, orcd_error *err) {
+/* One line of --jsonl: what Hugging Face tokenizers answers, control tokens recognised. Bytes that are not UTF-8 cannot
+ * occur in JSON, so `decoded` is exact. */
+static orcd_status jsonl_line(const tok *t, const char *line, size_t number, orcd_error *err) {
     json_error_t why;
     json_t *in = json_loads(line, JSON_ALLOW_NUL, &why), *text = json_object_get(in, "text");
     ids out = {0};
@@ -70,7 +72,7 @@ static orcd_status jsonl_line(const options *o, const tok *t, const char *line, 
         orcd_fail(err, st, "line %zu is not a JSON object with a string \"text\"", number);
         goto done;
     }
-    st = tok_encode(t, json_string_value(text), json_string_length(text), o->specials, &out);
+    st = tok_encode(t, json_string_value(text), json_string_length(text), true, &out);
     if (st != ORCD_OK) {
         orcd_fail(err, st, "line %zu could not be encoded: %s", number, orcd_status_name(st));
         goto done;
@@ -90,14 +92,14 @@ done:
     return st;
 }
 
-static orcd_status jsonl(const options *o, const tok *t, orcd_error *err) {
+static orcd_status jsonl(const tok *t, orcd_error *err) {
     char *line = NULL;
     size_t cap = 0, number = 0;
     orcd_status st = ORCD_OK;
     for (ssize_t n; st == ORCD_OK && (n = getline(&line, &cap, stdin)) > 0;) {
         number++;
         if (strspn(line, " \t\r\n") < (size_t)n)
-            st = jsonl_line(o, t, line, number, err);
+            st = jsonl_line(t, line, number, err);
     }
     free(line);
     return st;
@@ -122,10 +124,15 @@ static int run(const cli_command *c, int argc, char **argv) {
     mf_file *f = NULL;
     tok *t = NULL;
     ORCD_TRY_GOTO(st, done, cli_model_path(model, path, sizeof path, &err));
-    ORCD_TRY_GOTO(st, done, mf_open(path, &f, &err));
-    ORCD_TRY_GOTO(st, done, tok_open_for(f, o.tokenizer, &t, &err));
+    size_t end = strlen(path);
+    if (end > 5 && strcmp(path + end - 5, ".json") == 0) /* a tokenizer alone will do */
+        ORCD_TRY_GOTO(st, done, tok_open_json(path, &t, &err));
+    else {
+        ORCD_TRY_GOTO(st, done, mf_open(path, &f, &err));
+        ORCD_TRY_GOTO(st, done, tok_open_for(f, o.tokenizer, &t, &err));
+    }
     if (o.jsonl)
-        st = jsonl(&o, t, &err);
+        st = jsonl(t, &err);
     else if (o.decode)
         st = print_text(t, o.decode, &err);
     else if (text)
