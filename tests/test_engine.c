@@ -1,5 +1,5 @@
-/* The engine on small real models (tests/golden: window 16 and gpt2 without windows; models/fable.gguf: window 128),
- * on the backend that this build prefers. */
+/* The engine on small real models (tests/golden: window 16 and gpt2 without windows), on the backend that this build
+ * prefers or on the device named as argument. */
 #include "testing.h"
 
 #include <pthread.h>
@@ -32,6 +32,8 @@ void *realloc(void *p, size_t n) {
     return __libc_realloc(p, n);
 }
 #endif
+
+static const char *device = "auto";
 
 /* ---- one request and what came of it ---- */
 
@@ -165,7 +167,7 @@ static void free_job(job *j) {
 static eng *open_engine(eng_params p) {
     eng *e = NULL;
     orcd_error err;
-    p.device = "auto";
+    p.device = device;
     p.backend.n_threads = 2;
     if (eng_open(&p, &e, &err) != ORCD_OK)
         fail_msg("%s", err.message);
@@ -548,6 +550,29 @@ static void prefix__a_hundred_turns_cost_the_same_each(void **state) {
         n += 30;
         free_job(j);
     }
+    eng_close(e);
+}
+
+static void prefix__several_answers_compute_their_prompt_once(void **state) {
+    (void)state;
+    static int32_t text[400];
+    fill_ids(text, 400, 17);
+    eng *e = open_mini(8, 0);
+    job *j[6];
+    for (int i = 0; i < 6; i++) {
+        j[i] = new_job(text, i < 4 ? 300 : 380, 5);
+        submit(e, j[i]);
+    }
+    for (int i = 0; i < 6; i++)
+        wait_for(j[i]);
+    for (int i = 1; i < 6; i++) {
+        assert_int_equal(j[i]->result.n_cached, i < 4 ? 299 : i == 4 ? 300 : 379);
+        if (i < 4)
+            assert_same(j[i], j[0]);
+    }
+    assert_same(j[4], j[5]);
+    for (int i = 0; i < 6; i++)
+        free_job(j[i]);
     eng_close(e);
 }
 
@@ -1064,9 +1089,8 @@ static void open__refuses_what_cannot_be(void **state) {
     eng_close(NULL);
 }
 
-int main(void) {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(greedy__equals_transformers),
+int main(int argc, char **argv) {
+    const struct CMUnitTest anywhere[] = {
         cmocka_unit_test(batch__sixty_four_at_once_equal_each_alone),
         cmocka_unit_test(batch__random_cancels_disturb_no_one),
         cmocka_unit_test(queue__has_a_bound_and_keeps_order),
@@ -1077,14 +1101,19 @@ int main(void) {
         cmocka_unit_test(prefix__a_follow_up_computes_only_what_is_new),
         cmocka_unit_test(prefix__an_answer_that_is_dropped_resumes_at_the_prompts_end),
         cmocka_unit_test(prefix__a_hundred_turns_cost_the_same_each),
+        cmocka_unit_test(prefix__several_answers_compute_their_prompt_once),
         cmocka_unit_test(prefix__a_small_cache_forgets_the_oldest),
         cmocka_unit_test(force__tokens_are_fed_reported_and_change_what_follows),
         cmocka_unit_test(verdict__end_stops_at_once),
         cmocka_unit_test(mask__bias_and_logprobs),
         cmocka_unit_test(window__pages_stay_few_however_long_the_sequence),
         cmocka_unit_test(thousand_requests__pages_return),
-        cmocka_unit_test(decode__allocates_nothing),
         cmocka_unit_test(long_prompt__streams_go_on_beside_it),
+    };
+    const struct CMUnitTest host[] = {
+        /* these look into or replace what a CPU backend does */
+        cmocka_unit_test(greedy__equals_transformers),
+        cmocka_unit_test(decode__allocates_nothing),
         cmocka_unit_test(failure__of_a_step_ends_its_requests_only),
         cmocka_unit_test(failure__not_a_number_ends_the_request),
         cmocka_unit_test(ahead__equals_one_step_at_a_time),
@@ -1092,5 +1121,11 @@ int main(void) {
         cmocka_unit_test(ahead__a_bad_logit_or_step_ends_its_request),
         cmocka_unit_test(open__refuses_what_cannot_be),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    if (argc > 1)
+        device = argv[1];
+    int failed = cmocka_run_group_tests(anywhere, NULL, NULL);
+    if (strncmp(device, "cuda", 4) == 0)
+        return failed;
+    device = argc > 1 ? device : "cpu";
+    return failed + cmocka_run_group_tests(host, NULL, NULL);
 }

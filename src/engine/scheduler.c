@@ -89,12 +89,26 @@ static bool fits(const eng *e, const seq *s) {
     return need <= kv_available(&e->kv, BE_POOL_FULL);
 }
 
-/* Give s the free slot, with the longest prefix that the cache has. False: not enough memory now. */
+/* Someone is computing just now what s begins with: several answers to one prompt, say. n_pos: what is cached. */
+static bool soon_cached(const eng *e, const seq *s, int32_t n_pos) {
+    for (int i = 0; i < e->n_running; i++) {
+        const seq *r = e->order[i];
+        size_t n = r->r.n_prompt;
+        if ((size_t)r->n_fed < n && n <= s->r.n_prompt && n >= (size_t)n_pos + BE_PAGE &&
+            r->r.cache_salt == s->r.cache_salt && memcmp(r->token, s->token, n * sizeof *s->token) == 0)
+            return true;
+    }
+    return false;
+}
+
+/* Give s the free slot, with the longest prefix that the cache has. False: not now. */
 static bool place(eng *e, seq *s, int slot) {
     s->slot = slot;
     if (!e->cache)
         return fits(e, s);
     prefix_hit hit = prefix_find(e->cache, s->token, (int32_t)s->r.n_prompt, s->r.cache_salt);
+    if (soon_cached(e, s, hit.n_pos))
+        return false;
     eng_count(&e->n.lookups, 1);
     if (hit.n_pos > 0) {
         prefix_pin(e->cache, &hit, s->token, s->r.cache_salt, slot, &s->cursor);
@@ -124,7 +138,7 @@ static void admit(eng *e) {
         while (e->slot[slot])
             slot++;
         if (!s || !place(e, s, slot)) {
-            e->may_admit = false; /* until a sequence ends or one comes */
+            e->may_admit = false; /* until a sequence ends, a prompt is done, or one comes */
             return;
         }
         pthread_mutex_lock(&e->lock);
@@ -185,7 +199,7 @@ static int prefill_rows(const eng *e, int n_decode) {
     if (n_decode && e->decode_s <= 0) /* measure a step without prefill first */
         return 0;
     if (e->row_s <= 0)
-        return n_decode ? (most < 4 * MIN_SLICE ? most : 4 * MIN_SLICE) : most;
+        return most < 4 * MIN_SLICE ? most : 4 * MIN_SLICE;
     double target = n_decode ? (SLOWDOWN - 1) * e->decode_s : STEP_TARGET_S;
     double least = n_decode ? MIN_SLICE : chunk / 4;
     double rows = fmax(target / e->row_s, least);
@@ -315,8 +329,10 @@ static void advance(eng *e, seq *s) {
         while (s->next_boundary < s->r.n_boundary && s->r.boundary[s->next_boundary] <= (size_t)s->n_fed)
             prefix_save(e->cache, s->slot, s->token, (int32_t)s->r.boundary[s->next_boundary++], s->r.cache_salt,
                         &s->cursor);
-        if (s->n_fed >= n_prompt)
+        if (s->n_fed >= n_prompt) {
+            e->may_admit = true;
             prefix_save(e->cache, s->slot, s->token, n_prompt, s->r.cache_salt, &s->cursor);
+        }
     }
     kv_slide(&e->kv, s->slot, s->n_fed);
     if (prefill && s->r.on_prefill)
