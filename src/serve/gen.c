@@ -296,8 +296,8 @@ orcd_status gen_start(eng *e, const gen_params *p, gen **out, orcd_error *err) {
     r.on_done = on_done;
     r.ctx = g;
     r.mask = g->mask ? next_mask : NULL;
-    r.ignore_eos = g->parser != NULL; /* the parser knows which tokens end what */
-    *out = g;                         /* before submitting: events may come at once */
+    r.ignore_eos |= g->parser != NULL; /* the parser knows which tokens end what */
+    *out = g;                          /* before submitting: events may come at once */
     ORCD_TRY_GOTO(st, done, eng_submit(e, &r, &g->ticket, err));
     return ORCD_OK;
 done:

@@ -23,7 +23,8 @@ def free_port():
 
 
 class Orcd:
-    """`orcd serve` or `orcd worker`, ready when the constructor returns."""
+    """`orcd serve` or `orcd worker`, ready when the constructor returns. One thread computes: on a busy machine two
+    wait for each other, and what is tested here is the server."""
 
     def __init__(self, *args, kind="serve", key=None, model=MODEL, wait=True):
         self.key = key
@@ -31,10 +32,10 @@ class Orcd:
         self.log_path = os.path.join(self.dir, "log")
         self.port = free_port()
         if kind == "serve":
-            command = [ORCD, "serve", model, "--port", str(self.port), *args]
+            command = [ORCD, "serve", model, "--port", str(self.port), "--threads", "1", *args]
         else:
             command = [ORCD, "worker", "--worker-id", WORKER_ID, "--model", model, "--gpu-device", "cpu",
-                       "--port", str(self.port), *args]
+                       "--port", str(self.port), "--threads", "1", *args]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=open(self.log_path, "w"), cwd=ROOT)
         self.pid = self.process.pid
         if wait:
@@ -84,7 +85,7 @@ class Orcd:
         h.update(more or {})
         return h
 
-    def request(self, method, path, body=None, headers=None, timeout=120):
+    def request(self, method, path, body=None, headers=None, timeout=300):
         c = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             data = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
@@ -104,7 +105,7 @@ class Orcd:
         status, _, data = self.request("POST" if body is not None else "GET", path, body, **more)
         return status, json.loads(data)
 
-    def stream(self, path, body, headers=None, timeout=120):
+    def stream(self, path, body, headers=None, timeout=300):
         return Stream(self, path, body, headers, timeout)
 
     def metrics(self):
@@ -140,7 +141,7 @@ class Orcd:
 class Stream:
     """A POST whose answer is read as server-sent events: (event name or None, data) while they come."""
 
-    def __init__(self, server, path, body, headers=None, timeout=120):
+    def __init__(self, server, path, body, headers=None, timeout=300):
         self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
         self.connection.request("POST", path, json.dumps(body).encode(), server.headers(headers))
         self.response = self.connection.getresponse()

@@ -1,0 +1,214 @@
+"""Many at once: the same bytes as alone, nothing left behind, nobody starves."""
+import random
+import threading
+import time
+import unittest
+
+from common import Orcd, completion_text, in_threads
+
+STREAMS = 64
+
+
+def setUpModule():
+    global server
+    server = Orcd("--ctx", "24576", "--max-batch", str(STREAMS))
+
+
+def tearDownModule():
+    server.stop()
+
+
+def request(i):
+    """Different prompts, lengths and ways to sample; even ones are greedy."""
+    openings = ["Once upon a time", "The old king", "A fox and a crow", "In a deep forest", "There was a miller"]
+    body = {"prompt": openings[i % 5] + " and" * (i // 5), "max_tokens": 24 + i % 17}
+    return dict(body, temperature=0) if i % 2 == 0 else dict(body, seed=i, top_p=0.95, min_p=0.01)
+
+
+class Equality(unittest.TestCase):
+    def test_64_streams_equal_the_same_alone(self):
+        together = in_threads([lambda i=i: completion_text(server, request(i))[0] for i in range(STREAMS)])
+        alone = [completion_text(server, request(i))[0] for i in range(STREAMS)]
+        self.assertEqual(together, alone)
+        self.assertGreater(len(set(alone)), 30)
+
+    def test_chats_among_others_equal_the_same_alone(self):
+        def chat(i):
+            status, body = server.json("/v1/chat/completions", {
+                "messages": [{"role": "user", "content": f"What is {i} plus {2 * i}?"}], "temperature": 0,
+                "max_tokens": 120})
+            self.assertEqual(status, 200)
+            m = body["choices"][0]["message"]
+            return m["content"], m.get("reasoning")
+
+        noise = [lambda i=i: completion_text(server, request(i))[0] for i in range(24)]
+        together = in_threads([lambda i=i: chat(i) for i in range(12)] + noise)[:12]
+        self.assertEqual(together, [chat(i) for i in range(12)])
+
+    def test_many_requests_in_one(self):
+        body = {"prompt": [f"The number {i} is" for i in range(16)], "n": 2, "max_tokens": 8, "seed": 4}
+        status, a = server.json("/v1/completions", body)
+        self.assertEqual(status, 200)
+        self.assertEqual([c["index"] for c in a["choices"]], list(range(32)))
+        for i in (0, 7, 15):
+            one = server.json("/v1/completions", dict(body, prompt=body["prompt"][i]))[1]
+            self.assertEqual([c["text"] for c in one["choices"]],
+                             [c["text"] for c in a["choices"][2 * i:2 * i + 2]])
+
+
+class Churn(unittest.TestCase):
+    def test_random_cancels_and_disconnects(self):
+        rng = random.Random(1)
+        plan = [(rng.random(), rng.randrange(1, 30), rng.random() < 0.5) for _ in range(100)]
+        reference = completion_text(server, request(3))[0]
+
+        def one(i):
+            wait, n, chat = plan[i]
+            path = "/v1/chat/completions" if chat else "/v1/completions"
+            body = {"messages": [{"role": "user", "content": "Tell me a story."}]} if chat else {"prompt": "Once"}
+            s = server.stream(path, dict(body, max_tokens=500, stream=True, seed=i, n=1 + i % 3))
+            if wait > 0.2:
+                for _, event in s:
+                    n -= 1
+                    if n == 0 or event == "[DONE]":
+                        break
+            s.close()
+
+        def some(k):
+            for i in range(k, len(plan), 12):
+                one(i)
+
+        in_threads([lambda k=k: some(k) for k in range(12)])
+        server.wait_idle()
+        self.assertEqual(completion_text(server, request(3))[0], reference)
+
+    def test_nothing_is_left_after_1000_requests(self):
+        server = Orcd("--ctx", "512", "--max-batch", "8")  # little memory, so that all of it is soon in use
+        self.addCleanup(server.stop)
+
+        def some(k, n):
+            for i in range(n):
+                kind = (k + i) % 5
+                if kind == 0:
+                    server.json("/v1/chat/completions", {"messages": [{"role": "user", "content": f"Hi {i} {k}"}],
+                                                         "max_tokens": 3})
+                elif kind == 1:
+                    server.json("/v1/completions", {"prompt": f"A {i}", "max_tokens": 3, "temperature": 9})
+                elif kind == 2:
+                    s = server.stream("/v1/completions", {"prompt": f"B {i}", "max_tokens": 200, "stream": True})
+                    next(iter(s))
+                    s.close()
+                else:
+                    completion_text(server, {"prompt": f"C {i} {k}", "max_tokens": 3})
+
+        def all_at_once(n):
+            in_threads([lambda k=k: some(k, n) for k in range(10)])
+            server.wait_idle()
+            time.sleep(0.5)  # the watcher and the network thread let go of the last sockets
+            return server.n_fd(), server.n_thread(), server.rss()
+
+        all_at_once(60)
+        fd, thread, rss = all_at_once(20)
+        fd2, thread2, rss2 = all_at_once(100)
+        print(f"after 1000 requests: {fd2 - fd:+d} descriptors, {thread2 - thread:+d} threads, "
+              f"{(rss2 - rss) / 1024:+.0f} KiB")
+        self.assertEqual((fd2, thread2), (fd, thread))
+        self.assertLess(rss2 - rss, 8 << 20)
+
+
+class Latency(unittest.TestCase):
+    def test_health_under_full_generation(self):
+        done = threading.Event()
+
+        def load(i):
+            while not done.is_set():
+                completion_text(server, dict(request(i), max_tokens=150))
+
+        threads = [threading.Thread(target=load, args=(i,)) for i in range(32)]
+        for t in threads:
+            t.start()
+        time.sleep(0.5)
+        import http.client
+        c = http.client.HTTPConnection("127.0.0.1", server.port)
+        took = []
+        for _ in range(200):
+            t0 = time.monotonic()
+            c.request("GET", "/health")
+            r = c.getresponse()
+            r.read()
+            took.append(time.monotonic() - t0)
+            self.assertEqual(r.status, 200)
+            time.sleep(0.005)
+        c.close()
+        done.set()
+        for t in threads:
+            t.join()
+        took.sort()
+        print(f"/health under 32 streams: median {took[100] * 1e3:.2f} ms, 95 % {took[190] * 1e3:.2f} ms, "
+              f"longest {took[-1] * 1e3:.1f} ms")
+        self.assertLess(took[100], 0.01)
+
+    def test_a_long_prompt_does_not_stall_running_streams(self):
+        n, streams, longest_watch = 20000, 8, 15
+        rng = random.Random(2)
+        prompt = [rng.randrange(300, 4000) for _ in range(n)]
+        t0 = time.monotonic()
+        usage = server.json("/v1/completions", {"prompt": prompt[:2560], "max_tokens": 1})[1]["usage"]
+        chunk = (time.monotonic() - t0) / 10
+        self.assertEqual(usage["prompt_tokens_details"]["cached_tokens"], 0)
+
+        stop, begun, gaps = threading.Event(), threading.Barrier(streams + 1), []
+
+        def stream(i):
+            s = server.stream("/v1/completions", {"prompt": f"Once {i}", "max_tokens": 20000, "stream": True,
+                                                  "seed": i, "ignore_eos": True})
+            events = iter(s)
+            next(events)
+            begun.wait()
+            last = time.monotonic()
+            for _ in events:
+                t = time.monotonic()
+                gaps.append(t - last)
+                last = t
+                if stop.is_set():
+                    break
+            s.close()
+
+        threads = [threading.Thread(target=stream, args=(i,)) for i in range(streams)]
+        for t in threads:
+            t.start()
+        begun.wait()
+        prompt[0] += 1  # nothing of it is cached
+        late = server.stream("/v1/completions", {"prompt": prompt, "max_tokens": 1, "stream": True})
+        late.connection.sock.settimeout(longest_watch)
+        try:
+            next(iter(late))
+        except OSError:
+            pass  # watched long enough
+        stop.set()
+        for t in threads:
+            t.join()
+        late.close()
+        server.wait_idle()
+        gaps.sort()
+        usual, longest = gaps[len(gaps) * 99 // 100], gaps[-1]
+        print(f"beside 20,000 tokens of prompt: 99 % of {len(gaps)} gaps of 8 streams under {usual * 1e3:.0f} ms, "
+              f"longest {longest * 1e3:.0f} ms; a chunk of 256 alone takes {chunk * 1e3:.0f} ms")
+        self.assertLess(usual, 2 * chunk)
+        self.assertLess(longest, 12 * chunk)  # one stall is 78; the rest is room for a busy machine
+
+    def test_the_prefill_of_a_100_turn_chat_stays_constant(self):
+        messages, fresh = [{"role": "system", "content": "You are kind."}], []
+        for turn in range(100):
+            messages.append({"role": "user", "content": f"What is {turn} plus {turn % 7}?"})
+            status, body = server.json("/v1/chat/completions", {"messages": messages, "temperature": 0,
+                                                                "max_tokens": 60})
+            self.assertEqual(status, 200, body)
+            u = body["usage"]
+            fresh.append(u["prompt_tokens"] - u["prompt_tokens_details"]["cached_tokens"])
+            m = body["choices"][0]["message"]
+            messages.append({"role": "assistant", "content": m["content"], "reasoning": m.get("reasoning")})
+        print(f"100-turn chat: prompt of {u['prompt_tokens']} tokens at the end, prefilled per turn: first "
+              f"{fresh[0]}, then {min(fresh[1:])} to {max(fresh[1:])}")
+        self.assertLess(max(fresh[1:]), 150)
+        self.assertLess(max(fresh[50:]), 1.5 * max(fresh[1:50]))
