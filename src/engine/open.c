@@ -142,6 +142,8 @@ static orcd_status plan_kv(const eng *e, const eng_params *prm, be_kv_spec *spec
         p->n_entry = (int)(want < most ? want : most);
         p->n_page[BE_POOL_WINDOW] += p->n_entry * per_entry;
     }
+    if (p->n_entry) /* a sequence copies the last page of its cached prefix: room for it even in a full context */
+        p->n_page[BE_POOL_FULL] += 2 * spec->n_slot;
     uint64_t window = (uint64_t)p->n_page[BE_POOL_WINDOW] * p->page_bytes[BE_POOL_WINDOW];
     if (p->least_full && pages_bytes(p, p->n_page) > room) {
         uint64_t n = (room - window) / p->page_bytes[BE_POOL_FULL];
