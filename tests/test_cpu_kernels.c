@@ -1,0 +1,171 @@
+/* The CPU backend's product kernels of every instruction set that this machine runs, against the reference dot product
+ * of each weight type: values, and bits that do not depend on how many rows go together. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "backend/cpu/internal.h"
+
+enum { N_COL = 512, ROWS = 16, TOKENS = 21 };
+
+static const q_type types[] = {Q_F32, Q_F16, Q_BF16, Q_Q8_0, Q_Q4_0, Q_Q5_0, Q_MXFP4, Q_Q4_K, Q_Q6_K};
+
+static float uniform(uint32_t *seed) {
+    *seed = *seed * 1664525u + 1013904223u;
+    return (float)(*seed >> 8) / 8388608.0f - 1.0f;
+}
+
+typedef struct fixture {
+    uint8_t rows[ROWS * N_COL * 4], panel[ROWS * N_COL * 4 + 4096] __attribute__((aligned(64)));
+    float x[TOKENS * N_COL], weight[N_COL], y[TOKENS * 16], row[N_COL];
+    uint8_t q[TOKENS][N_COL * 4] __attribute__((aligned(64)));
+    uint8_t scratch[N_COL * 32] __attribute__((aligned(64)));
+} fixture;
+
+static fixture f;
+
+/* Random activations of very different sizes, some of them large. */
+static void fill_x(void) {
+    uint32_t seed = 7;
+    for (int i = 0; i < TOKENS * N_COL; i++)
+        f.x[i] = uniform(&seed) * (i % 97 == 0 ? 8.0f : 1.0f);
+}
+
+static void fill_rows(const q_traits *t, int n_col) {
+    uint32_t seed = 11 + (uint32_t)t->type;
+    for (int r = 0; r < ROWS; r++) {
+        for (int k = 0; k < n_col; k++)
+            f.weight[k] = uniform(&seed);
+        t->pack(f.weight, f.rows + (size_t)r * q_row_bytes(t, (size_t)n_col), (size_t)n_col);
+    }
+}
+
+/* Largest difference from the reference, relative to the size of the sums. */
+static double error_of(const cpu_kernels *k, const q_traits *t, int n_col, int n_row) {
+    cpu_fmt fmt = cpu_fmt_of(t->type, n_col);
+    size_t row_bytes = q_row_bytes(t, (size_t)n_col);
+    const void *ptr[TOKENS];
+    double worst = 0, norm = 0;
+    cpu_pack(fmt, t, f.rows, row_bytes, n_row, n_col, f.row, f.panel);
+    for (int i = 0; i < TOKENS; i++) {
+        k->quantise(f.x + i * N_COL, n_col, f.q[i]);
+        ptr[i] = cpu_fmt_is_int(fmt) ? (const void *)f.q[i] : (const void *)(f.x + i * N_COL);
+    }
+    k->dot[fmt](f.panel, n_col, ptr, TOKENS, f.y, f.scratch);
+    for (int i = 0; i < TOKENS; i++) {
+        for (int n = 1; n <= 5 && i + n <= TOKENS; n++) { /* alone and in any company: the same bits */
+            float few[5 * 16];
+            k->dot[fmt](f.panel, n_col, ptr + i, n, few, f.scratch);
+            assert_memory_equal(few, f.y + i * 16, (size_t)n * 16 * sizeof(float));
+        }
+        for (int r = 0; r < 16; r++) {
+            double want = r < n_row ? t->dot(f.rows + (size_t)r * row_bytes, f.x + i * N_COL, (size_t)n_col) : 0;
+            worst = fmax(worst, fabs(f.y[i * 16 + r] - want));
+            norm += want * want / (TOKENS * n_row);
+        }
+    }
+    return worst / sqrt(norm);
+}
+
+static void on_every_tier(void (*check)(const cpu_kernels *k, double bound)) {
+    for (int tier = CPU_PORTABLE; tier <= (int)cpu_tier_best(); tier++) {
+        if (tier == CPU_AVXVNNI && cpu_tier_best() != CPU_AVXVNNI)
+            continue; /* an AVX-512 machine need not have it */
+        const cpu_kernels *k = cpu_kernels_for((cpu_tier)tier, false), *k8 = cpu_kernels_for((cpu_tier)tier, true);
+        check(k, 1e-3);
+        if (k8 != k)
+            check(k8, 8e-2); /* the largest of some hundred errors of about 1 % */
+    }
+}
+
+static void check_types(const cpu_kernels *k, double bound) {
+    for (size_t i = 0; i < ORCD_COUNT(types); i++) {
+        const q_traits *t = q_find(types[i]);
+        fill_rows(t, N_COL);
+        double e = error_of(k, t, N_COL, ROWS);
+        if (!(e <= bound))
+            fail_msg("%s: error %.2e of %.2e", t->name, e, bound);
+    }
+}
+
+static void test_every_type_on_every_tier(void **state) {
+    (void)state;
+    on_every_tier(check_types);
+}
+
+static void check_tails(const cpu_kernels *k, double bound) {
+    static const q_type short_types[] = {Q_Q8_0, Q_MXFP4, Q_BF16, Q_F16, Q_F32};
+    for (size_t i = 0; i < ORCD_COUNT(short_types); i++) {
+        const q_traits *t = q_find(short_types[i]);
+        for (int n_col = t->block_len == 1 ? 1 : 32; n_col <= 160; n_col += t->block_len == 1 ? 53 : 64) {
+            fill_rows(t, n_col);
+            double e = error_of(k, t, n_col, 5); /* lanes past the last row are zero */
+            if (!(e <= bound))
+                fail_msg("%s, %d columns: error %.2e of %.2e", t->name, n_col, e, bound);
+        }
+    }
+}
+
+static void test_columns_and_rows_that_do_not_fill_a_block(void **state) {
+    (void)state;
+    on_every_tier(check_tails);
+}
+
+/* Neighbouring blocks whose exponents are 0 to 30 apart, blocks of zeros, and exponents 0 and 1. */
+static void check_exponents(const cpu_kernels *k, double bound) {
+    const q_traits *t = q_find(Q_MXFP4);
+    for (int apart = 0; apart <= 30; apart++) {
+        fill_rows(t, N_COL);
+        for (int b = 0; b < ROWS * N_COL / 32; b++) {
+            uint8_t *block = f.rows + b * 17;
+            block[0] = (uint8_t)(b % 2 ? 120 : b % 5 ? 120 - apart : b % 3);
+            if (b % 7 == 0)
+                memset(block + 1, 0, 16);
+        }
+        double e = error_of(k, t, N_COL, ROWS);
+        if (!(e <= bound))
+            fail_msg("exponents %d apart: error %.2e of %.2e", apart, e, bound);
+    }
+}
+
+static void test_mxfp4_exponents_far_apart(void **state) {
+    (void)state;
+    on_every_tier(check_exponents);
+}
+
+static void check_zero(const cpu_kernels *k, double bound) {
+    (void)bound;
+    uint8_t q[1024] __attribute__((aligned(64)));
+    float x[64] = {0};
+    k->quantise(x, 64, q);
+    assert_true(cpu_q_scale(q, 1)[0] == 0 && q[0] == 0);
+    x[5] = 1e-39f; /* subnormal: too small to keep, too small to divide by */
+    k->quantise(x, 64, q);
+    assert_true(isfinite(cpu_q_scale(q, 1)[0]));
+}
+
+static void test_activations_of_zero(void **state) {
+    (void)state;
+    on_every_tier(check_zero);
+}
+
+static int setup(void **state) {
+    (void)state;
+    fill_x();
+    return 0;
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_every_type_on_every_tier),
+        cmocka_unit_test(test_columns_and_rows_that_do_not_fill_a_block),
+        cmocka_unit_test(test_mxfp4_exponents_far_apart),
+        cmocka_unit_test(test_activations_of_zero),
+    };
+    return cmocka_run_group_tests(tests, setup, NULL);
+}
