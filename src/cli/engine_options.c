@@ -14,17 +14,19 @@ samp_params sampling_of(const sampling_options *o) {
 }
 
 eng_params engine_params(const engine_options *o, const char *path) {
-    return (eng_params){
-        .model = path,
-        .tokenizer = o->tokenizer,
-        .device = o->device,
-        .backend = {.n_threads = (int)o->threads, .no_repack = o->no_repack, .cpu_experts = (int)o->cpu_experts},
-        .n_ctx = (int)o->ctx,
-        .max_batch = (int)o->batch,
-        .chunk = (int)o->chunk,
-        .kv_type = strcmp(o->kv_type, "f32") == 0  ? BE_KV_F32
-                   : strcmp(o->kv_type, "f8") == 0 ? BE_KV_F8
-                                                   : BE_KV_F16};
+    return (eng_params){.model = path,
+                        .tokenizer = o->tokenizer,
+                        .device = o->device,
+                        .backend = {.n_threads = (int)o->threads,
+                                    .no_repack = o->no_repack,
+                                    .act_bits = (int)o->act_bits,
+                                    .cpu_experts = (int)o->cpu_experts},
+                        .n_ctx = (int)o->ctx,
+                        .max_batch = (int)o->batch,
+                        .chunk = (int)o->chunk,
+                        .kv_type = strcmp(o->kv_type, "f32") == 0  ? BE_KV_F32
+                                   : strcmp(o->kv_type, "f8") == 0 ? BE_KV_F8
+                                                                   : BE_KV_F16};
 }
 
 orcd_status open_engine(const engine_options *o, const char *model, bool need_tokenizer, eng **out, orcd_error *err) {

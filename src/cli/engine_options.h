@@ -7,7 +7,7 @@
 
 typedef struct engine_options {
     const char *device, *tokenizer, *kv_type;
-    int64_t threads, ctx, chunk, batch, cpu_experts;
+    int64_t threads, ctx, chunk, batch, cpu_experts, act_bits;
     bool no_repack;
 } engine_options;
 
@@ -29,6 +29,8 @@ typedef struct engine_options {
          1024,                                                                                                         \
          "N",                                                                                                          \
          "layers whose experts stay in host memory (cuda; -1 = as many as needed)"},                                   \
+        {"act-bits", 0,  CLI_INT, offsetof(owner, member.act_bits),                                                    \
+         8,          16, "8|16",  "8: nearly twice the prompt speed, less exact (cpu; default 16)"},                   \
         {"no-repack", 0, CLI_FLAG, offsetof(owner, member.no_repack),                                                  \
          0,           0, "",       "start at once from the mapped file, with slower steps (cpu)"},                     \
     {                                                                                                                  \
