@@ -238,6 +238,7 @@ static void NAME(quantise)(const float *x, int64_t n, uint8_t *row) {
     for (int64_t b = 0; b < n64; b++) {
         int64_t left = n - b * 64;
         __m512 v[4], m = _mm512_setzero_ps();
+        __mmask16 broken = 0;
         UNROLL for (int i = 0; i < 4; i++) {
             int64_t k = left - i * 16;
             v[i] = _mm512_maskz_loadu_ps(k >= 16 ? 0xffff
@@ -245,10 +246,14 @@ static void NAME(quantise)(const float *x, int64_t n, uint8_t *row) {
                                                  : 0,
                                          x + b * 64 + i * 16);
             m = _mm512_max_ps(m, _mm512_abs_ps(v[i]));
+            broken |= _mm512_fpclass_ps_mask(v[i], 0x99); /* infinities and NaNs */
         }
-        float top = _mm512_reduce_max_ps(m), inv = largest / top;
-        if (!(top > 1e-30f) || !(top < 1e30f)) /* nothing worth keeping, or not a number */
-            top = inv = 0;
+        float top = _mm512_reduce_max_ps(m), scale = top / (float)largest, inv = (float)largest / top;
+        if (broken || top < 1e-30f) { /* NaN in, NaN out; or nothing worth keeping */
+            scale = broken ? NAN : 0;
+            inv = 0;
+            UNROLL for (int i = 0; i < 4; i++) v[i] = _mm512_setzero_ps();
+        }
         int32_t sum[4];
         UNROLL for (int i = 0; i < 4; i++) {
             __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], _mm512_set1_ps(inv)));
@@ -262,7 +267,7 @@ static void NAME(quantise)(const float *x, int64_t n, uint8_t *row) {
             sum[i] = _mm512_reduce_add_epi32(q);
             c16[b * 4 + i] = -32 * sum[i];
         }
-        ((float *)(row + n64 * 128))[b] = top / largest;
+        ((float *)(row + n64 * 128))[b] = scale;
         c32[b * 2] = -128 * (sum[0] + sum[1]);
         c32[b * 2 + 1] = -128 * (sum[2] + sum[3]);
         c64[b] = c32[b * 2] + c32[b * 2 + 1];
