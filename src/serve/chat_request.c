@@ -211,21 +211,21 @@ static void submit(job *j, chat_request *q, const harmony_prompt *p) {
     job_start(j, &plan);
 }
 
-void chat_start(job *j, chat_request *q, const char *messages) {
+/* False after refusing. */
+static bool render(job *j, chat_request *q, const char *messages, harmony_prompt *p) {
     orcd_error e;
     req_error bad = {0};
-    harmony_prompt p = {0};
     char date[16];
     struct tm utc;
     time_t now = time(NULL);
     if (!j->s->harmony) {
         job_refuse(j, 400, "model_not_supported", "model",
                    "this model has no chat format; use /v1/completions with a prompt");
-        return;
+        return false;
     }
     if (!check_choice(q, &bad)) {
         job_refuse(j, bad.status, bad.code, bad.param, bad.message);
-        return;
+        return false;
     }
     gmtime_r(&now, &utc);
     strftime(date, sizeof date, "%Y-%m-%d", &utc);
@@ -235,10 +235,24 @@ void chat_start(job *j, chat_request *q, const char *messages) {
                     .n_tool = q->n_tool,
                     .effort = q->effort,
                     .date = chat_str_of(date)};
+    if (harmony_render(j->s->harmony, &c, 0, p, &e) == ORCD_OK)
+        return true;
+    refuse_render(j, &e, messages);
+    return false;
+}
+
+void chat_start(job *j, chat_request *q, const char *messages) {
+    harmony_prompt p = {0};
     j->stream = q->o.stream;
-    if (harmony_render(j->s->harmony, &c, 0, &p, &e) != ORCD_OK)
-        refuse_render(j, &e, messages);
-    else
+    if (render(j, q, messages, &p))
         submit(j, q, &p);
     harmony_prompt_free(&p);
+}
+
+bool chat_count(job *j, chat_request *q, const char *messages, size_t *n) {
+    harmony_prompt p = {0};
+    bool ok = render(j, q, messages, &p);
+    *n = p.id.n;
+    harmony_prompt_free(&p);
+    return ok;
 }

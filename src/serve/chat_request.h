@@ -52,5 +52,7 @@ void chat_recall(const job *j, chat_request *q, chat_call *call);
 
 /* Desk thread: check names, render, and start the job; or refuse it. `messages` names the conversation in errors. */
 void chat_start(job *j, chat_request *q, const char *messages);
+/* The same up to rendering: tokens of the prompt. False after refusing. */
+bool chat_count(job *j, chat_request *q, const char *messages, size_t *n);
 
 #endif

@@ -276,14 +276,14 @@ static bool on_event(void *ctx, const gen_event *e) {
     case GEN_TOOL_END:
         break;
     }
-    if (j->stream)
+    if (j->stream || j->d->whole)
         j->d->event(c, e);
     return !atomic_load(&j->gone);
 }
 
 static void on_running(void *ctx) {
     choice *c = ctx;
-    if (c->job->stream && c->job->d->running)
+    if ((c->job->stream || c->job->d->whole) && c->job->d->running)
         c->job->d->running(c);
 }
 
@@ -305,7 +305,7 @@ static void on_done(void *ctx, const gen_done *d) {
     pthread_mutex_lock(&j->lock); /* until job_start is through */
     c->gen = NULL;
     pthread_mutex_unlock(&j->lock);
-    if (j->stream)
+    if (j->stream || j->d->whole)
         j->d->ended(c);
     close_one(j);
 }

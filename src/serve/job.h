@@ -9,6 +9,7 @@
 #include "serve/metrics.h"
 #include "serve/replay.h"
 #include "serve/server.h"
+#include "serve/store.h"
 
 typedef struct job job;
 
@@ -41,6 +42,7 @@ typedef struct dialect {
     bool worker_codes; /* errors carry the worker contract's codes, not OpenAI's */
     /* Desk thread: read the body, then call job_refuse or job_start, once. */
     void (*begin)(job *j);
+    bool whole; /* `running`, `event` and `ended` are called for answers that are not streamed, too */
     /* Engine thread, streaming only: a choice has its place in the batch. NULL = the event stream begins at once;
      * else with the first event, so that a wait in the queue can still end in a status. */
     void (*running)(choice *c);
@@ -139,6 +141,7 @@ struct server {
     const tok *tok;
     harmony *harmony; /* NULL: the model has no chat format */
     replay *replay;
+    store *responses; /* the conversations behind previous_response_id */
     http *http;
     metrics metrics;
     double t0;
@@ -157,7 +160,8 @@ struct server {
 
 /* ---- routes: dialects and small answers ---- */
 
-extern const dialect api_execute, api_completions, api_chat, api_tokenize, api_detokenize;
+extern const dialect api_execute, api_completions, api_chat, api_responses, api_responses_count, api_tokenize,
+    api_detokenize;
 void api_health(http_exchange *x, void *server);
 void api_metrics(http_exchange *x, void *server);
 void api_models(http_exchange *x, void *server);

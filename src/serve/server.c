@@ -9,6 +9,7 @@
 #include "serve/job.h"
 
 #define REPLAY_BYTES ((size_t)64 << 20)
+#define STORE_BYTES ((size_t)64 << 20)
 #define TICK_MS 100
 #define PING_S 5   /* a stream that was silent this long gets a comment */
 #define CUT_S 2    /* after the drain time: for jobs to notice that they were cancelled */
@@ -26,6 +27,8 @@ static void execute(http_exchange *x, void *s) { job_accept(x, s, &api_execute);
 static void tokenize(http_exchange *x, void *s) { job_accept(x, s, &api_tokenize); }
 static void detokenize(http_exchange *x, void *s) { job_accept(x, s, &api_detokenize); }
 static void chat_completions(http_exchange *x, void *s) { job_accept(x, s, &api_chat); }
+static void responses(http_exchange *x, void *s) { job_accept(x, s, &api_responses); }
+static void responses_count(http_exchange *x, void *s) { job_accept(x, s, &api_responses_count); }
 static void completions(http_exchange *x, void *s) { job_accept(x, s, &api_completions); }
 
 static const http_route serve_routes[] = {
@@ -34,6 +37,8 @@ static const http_route serve_routes[] = {
     {"GET", "/v1/models", api_models, false},
     {"POST", "/v1/completions", completions, false},
     {"POST", "/v1/chat/completions", chat_completions, false},
+    {"POST", "/v1/responses", responses, false},
+    {"POST", "/v1/responses/input_tokens", responses_count, false},
     {"POST", "/tokenize", tokenize, false},
     {"POST", "/detokenize", detokenize, false},
     {0},
@@ -92,6 +97,7 @@ orcd_status server_open(const server_params *p, server **out, orcd_error *err) {
     pthread_mutex_init(&s->lock, NULL);
     pthread_cond_init(&s->wake, NULL);
     ORCD_TRY_GOTO(st, done, replay_open(REPLAY_BYTES, &s->replay, err));
+    ORCD_TRY_GOTO(st, done, store_open(STORE_BYTES, &s->responses, err));
     if (s->info->has_harmony)
         ORCD_TRY_GOTO(st, done, harmony_open(s->tok, &s->harmony, err));
     for (; s->n_desk < (int)ORCD_COUNT(s->desk); s->n_desk++)
@@ -130,6 +136,7 @@ void server_close(server *s) {
     http_close(s->http);
     harmony_close(s->harmony);
     replay_close(s->replay);
+    store_close(s->responses);
     pthread_cond_destroy(&s->wake);
     pthread_mutex_destroy(&s->lock);
     free(s);
