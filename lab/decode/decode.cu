@@ -356,7 +356,7 @@ static void k_qkv(int l) {
     dec_norm_in in = {l ? xb : xe, l ? p : 0, p + EMBD, xa, L[l].norm1, EPS, EMBD};
     dec_kv k = {kv + l * LAYER_KV, PAGE, table, slot, n_page};
     go(dec_qkv_kernel<dense, 3>, sms, 512, dec_linear_smem<dense>(15, EMBD), in, L[l].qkv, dec_rope{cs, pos}, k, N_HEAD,
-       N_KV, q);
+       N_KV, l > 0, q);
 }
 static void k_attn(int l) {
     dec_attn a = {q,
@@ -378,12 +378,12 @@ static void k_out(int l) {
 }
 static void k_gate_up(int l) {
     dec_route r = {xb, route_part, L[l].router_bias, EMBD / 16, EMBD, EPS};
-    go(dec_gate_up_kernel<moe, 3, 1>, sms, 512, dec_gate_up_smem<moe>(15, EMBD), r, L[l].norm2, L[l].gate_up, ALPHA,
-       LIMIT, h, FF);
+    go(dec_gate_up_kernel<moe, 1>, sms, 512, dec_gate_up_smem<moe>(EMBD), r, L[l].norm2, L[l].gate_up, ALPHA, LIMIT, h,
+       FF);
 }
 static void k_down(int l) {
     dec_route r = {xb, route_part, L[l].router_bias, EMBD / 16, EMBD, EPS};
-    go(dec_down_kernel<moe, 3, 1>, sms, 512, dec_down_smem<moe>(15, FF), r, L[l].down, h, FF, p);
+    go(dec_down_kernel<moe, 1>, sms, 512, dec_down_smem<moe>(FF), r, L[l].down, h, FF, p);
 }
 static void k_head() {
     dec_norm_in in = {xb, p, p + EMBD, xa, norm_out, EPS, EMBD};

@@ -44,8 +44,9 @@ static bool layer_fits(const cuda_run *r, const cuda_cmd *c, const cuda_cmd *fir
            c[L_OUT].x == c[L_ATTN].y && c[L_ROPE].freq == first[L_ROPE].freq && c[L_ROPE].freq >= 0 &&
            t->rope_scale == first[L_ATTN].attn.rope_scale && t->head_dim == 64 && t->n_head == 8 * t->n_kv_head &&
            single(qkv, CUDA_ROWS_PAIR64, 3) && t->n_head * 64 <= DEC_MAX_Q && single(out, CUDA_ROWS_PLAIN, 4) &&
-           single(up, CUDA_ROWS_GLU, 3) && single(down, CUDA_ROWS_PLAIN, 3) && dense_form(qkv, f) &&
-           dense_form(out, f) && dense_form(up, CUDA_FORM_MXFP4) && dense_form(down, CUDA_FORM_MXFP4) &&
+           single(up, CUDA_ROWS_GLU, 3) && up->matrix[0].n_unit == 45 && single(down, CUDA_ROWS_PLAIN, 3) &&
+           down->matrix[0].n_unit == 45 && dense_form(qkv, f) && dense_form(out, f) &&
+           dense_form(up, CUDA_FORM_MXFP4) && dense_form(down, CUDA_FORM_MXFP4) &&
            qkv->base.n_row == (t->n_head + 2 * t->n_kv_head) * 64 && qkv->base.n_col == n_embd &&
            out->base.n_row == n_embd && out->base.n_col == t->n_head * 64 && up->base.n_col == n_embd &&
            down->base.n_row == n_embd && (n_expert == 32 || n_expert == 128) && c[L_MOE].k == DEC_TOP_K &&
@@ -95,6 +96,7 @@ struct decode_run { /* what the launches of a step share */
     cuda_run *r;
     cuda_decode *d;
     int n_sm, n_embd;
+    const cuda_cmd *first; /* layer */
 };
 
 static dec_kv kv_of(const cuda_run *r, const be_attn *t) {
@@ -111,7 +113,7 @@ template <class F> static void run_attention(const decode_run *s, const cuda_cmd
     const dec_kv kv = kv_of(r, t);
     const int32_t *pos = r->dev->arr.pos;
     launch(r, dec_qkv_kernel<F, 3>, s->n_sm, ROW_THREADS, dec_linear_smem<F>(qkv.n_unit / 3, s->n_embd), in, qkv,
-           dec_rope{r->dev->scratch.rope, pos}, kv, t->n_head, t->n_kv_head, (__half *)s->d->q);
+           dec_rope{r->dev->scratch.rope, pos}, kv, t->n_head, t->n_kv_head, c != s->first, (__half *)s->d->q);
     const float *sinks = t->sinks ? ((const cuda_weight *)t->sinks)->dense : NULL;
     const dec_attn a = {(const __half *)s->d->q,
                         kv,
@@ -140,11 +142,10 @@ template <int EPL> static void run_experts(const decode_run *s, const cuda_cmd *
     const int n_ff = (int)e->w2->base.n_col;
     const dec_route route = {s->d->xb,  s->d->route_part, c[L_MOE].w2->bias, (s->n_embd + 15) / 16,
                              s->n_embd, c[L_MOE].eps};
-    launch(s->r, dec_gate_up_kernel<form_mxfp4, 3, EPL>, s->n_sm, ROW_THREADS,
-           dec_gate_up_smem<form_mxfp4>(up.n_unit / 3, s->n_embd), route, (const float *)c[L_MOE].w->dense, up,
-           e->glu.alpha, e->glu.limit, (__half *)s->d->h, n_ff);
-    launch(s->r, dec_down_kernel<form_mxfp4, 3, EPL>, s->n_sm, ROW_THREADS,
-           dec_down_smem<form_mxfp4>(down.n_unit / 3, n_ff), route, down, (const __half *)s->d->h, n_ff, s->d->p);
+    launch(s->r, dec_gate_up_kernel<form_mxfp4, EPL>, s->n_sm, ROW_THREADS, dec_gate_up_smem<form_mxfp4>(s->n_embd),
+           route, (const float *)c[L_MOE].w->dense, up, e->glu.alpha, e->glu.limit, (__half *)s->d->h, n_ff);
+    launch(s->r, dec_down_kernel<form_mxfp4, EPL>, s->n_sm, ROW_THREADS, dec_down_smem<form_mxfp4>(n_ff), route, down,
+           (const __half *)s->d->h, n_ff, s->d->p);
 }
 
 template <class F> static void run_layers(const decode_run *s, const decode_plan *p) {
@@ -178,7 +179,7 @@ bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd) {
         cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, r->dev->ordinal) != cudaSuccess ||
         smem < 120 * 1024 || r->dev->n_sm > DEC_MAX_SM)
         return false;
-    const decode_run s = {r, r->dev->decode, r->dev->n_sm, (int)p.embed->y->base.width};
+    const decode_run s = {r, r->dev->decode, r->dev->n_sm, (int)p.embed->y->base.width, p.layer};
     cuda_run_embed(r, p.embed);
     cuda_run_rope_table(r, &p.layer[L_ROPE]);
     if (p.layer[L_QKV].w->matrix[0].form == CUDA_FORM_Q8_0)

@@ -98,6 +98,111 @@ __device__ __forceinline__ void dec_units(const uint8_t *p, const __half *x, flo
     }
 }
 
+/* ---- mbarriers in shared memory ---- */
+
+__device__ __forceinline__ void dec_bar_init(uint32_t bar, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+__device__ __forceinline__ void dec_bar_arrive(uint32_t bar) {
+    asm volatile("{\n .reg .b64 t;\n mbarrier.arrive.shared.b64 t, [%0];\n}" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void dec_bar_wait(uint32_t bar, uint32_t phase) {
+    uint32_t done;
+    do {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+#else
+        asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+#endif
+                     : "=r"(done)
+                     : "r"(bar), "r"(phase)
+                     : "memory");
+    } while (!done);
+}
+
+/* Tiles of N_SEG segments of SEG units on their way to the CTA's warps 0 .. N_SEG - 1: PARTS pieces a tile, each for
+ * N_SEG / PARTS warps, STAGES pieces in flight. One warp asks for them: the sixteenth where it has no segment, else
+ * warp 0 between its tiles. Tiles: an object whose next() gives the address of the next tile. */
+template <class F, int SEG, int N_SEG, int PARTS, int STAGES> struct dec_pipe {
+    static constexpr int WARPS = N_SEG / PARTS, BYTES = WARPS * SEG * F::CHUNK, SMEM = STAGES * (BYTES + 16);
+    static constexpr int PRODUCER = N_SEG < DEC_WARPS ? DEC_WARPS - 1 : 0;
+    static_assert(N_SEG % PARTS == 0 && PARTS <= STAGES && BYTES % 16 == 0, "whole pieces");
+    const uint8_t *buf;
+    uint32_t full, empty; /* shared addresses of barriers */
+    int stage;            /* of the warp's next piece */
+    uint32_t phase;
+    const uint8_t *src; /* producer: */
+    int piece, n_piece, put;
+    uint32_t round;
+
+    /* By all threads; a barrier must follow before anyone but the producer goes on. smem: SMEM bytes, 16-byte aligned
+     */
+    __device__ __forceinline__ void open(uint8_t *smem, int n_tile) {
+        buf = smem, full = dec_smem(smem) + STAGES * BYTES, empty = full + STAGES * 8;
+        stage = threadIdx.x / 32 / WARPS, phase = 0;
+        src = nullptr, piece = put = 0, round = 0, n_piece = n_tile * PARTS;
+        if ((int)threadIdx.x / 32 == PRODUCER) {
+            for (int i = threadIdx.x % 32; i < STAGES; i += 32) {
+#if __CUDA_ARCH__ >= 900
+                dec_bar_init(full + i * 8, 1);
+#else
+                dec_bar_init(full + i * 8, 32);
+#endif
+                dec_bar_init(empty + i * 8, WARPS);
+            }
+#if __CUDA_ARCH__ >= 900
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+        }
+        __syncwarp();
+    }
+
+    /* Pieces that may be asked for when `done` tiles have been summed: the ring holds them. */
+    static __device__ __forceinline__ int refill(int done) { return done * PARTS + STAGES; }
+
+    /* By the producer's warp: ask for pieces until `limit` have been asked for, waiting for room. */
+    template <class Tiles> __device__ __forceinline__ void fill(Tiles &tiles, int limit) {
+        const int lane = threadIdx.x % 32;
+#if __CUDA_ARCH__ >= 900
+        if (lane != 0)
+            return;
+#endif
+        for (; piece < min(limit, n_piece); piece++) {
+            if (piece >= STAGES)
+                dec_bar_wait(empty + put * 8, round ^ 1);
+            src = piece % PARTS == 0 ? tiles.next() : src + BYTES;
+            const uint32_t to = dec_smem(buf) + put * BYTES, bar = full + put * 8;
+#if __CUDA_ARCH__ >= 900
+            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(bar), "r"(BYTES) : "memory");
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], "
+                         "%2, [%3], %4;" ::"r"(to),
+                         "l"(src), "r"(BYTES), "r"(bar), "l"(0x12F0000000000000ull /* evict first */)
+                         : "memory");
+#else
+            for (int i = lane * 16; i < BYTES; i += 512)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(src + i) : "memory");
+            asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
+#endif
+            if (++put == STAGES)
+                put = 0, round ^= 1;
+        }
+    }
+
+    /* acc = the segment's sums of the next tile; x: the lane's activations of the segment. */
+    __device__ __forceinline__ void tile_sum(const __half *x, float (&acc)[4]) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        acc[0] = acc[1] = acc[2] = acc[3] = 0;
+        dec_bar_wait(full + stage * 8, phase);
+        dec_units<F, SEG>(buf + stage * BYTES + warp % WARPS * SEG * F::CHUNK, x, acc, lane);
+        __syncwarp();
+        if (lane == 0)
+            dec_bar_arrive(empty + stage * 8);
+        stage += PARTS;
+        if (stage >= STAGES)
+            stage -= STAGES, phase ^= 1;
+    }
+};
+
 /* Row r of tile i of a group from the segments' sums. red: [tile of group][DEC_WARPS][16] */
 __device__ __forceinline__ float dec_sum(const float *red, int tile, int r, int n_seg) {
     float v[DEC_WARPS];

@@ -26,7 +26,10 @@ struct dec_norm_in {
 template <class F> struct dec_plan { /* one tile's segment of three units in six or two stages */
     static constexpr int UNITS = 3, STAGES = 2, OUT_UNITS = 2, OUT_STAGES = 2;
 };
-template <> struct dec_plan<form_mxfp4> { static constexpr int UNITS = 3, STAGES = 4, DOWN_STAGES = 3; };
+template <> struct dec_plan<form_mxfp4> { /* pieces of a third of a tile */
+    using up = dec_pipe<form_mxfp4, 3, 15, 3, 12>;
+    using down = dec_pipe<form_mxfp4, 3, 15, 3, 9>;
+};
 template <> struct dec_plan<form_f16<1>> { static constexpr int UNITS = 1, STAGES = 3, OUT_UNITS = 1, OUT_STAGES = 3; };
 
 /* A warp's walk over its segment of a list of tiles. Tiles: an object whose next() gives the address of the next tile.
@@ -205,14 +208,21 @@ struct dec_qkv_epilogue {
     float *bias; /* shared [DEC_MAX_TILES][16] */
     float2 *cs;  /* shared [32] */
     int64_t *at; /* shared: page's offset, position */
+    bool early;  /* position, rotation and page table are settled before the wait */
 
     __device__ __forceinline__ void before_wait(int first, int n) {
+        if (early)
+            settle();
         if (threadIdx.x / 32 == DEC_WARPS - 1)
             for (int i = threadIdx.x % 32; w.bias && i < min(n, DEC_MAX_TILES) * 16; i += 32)
                 dec_async4(bias + i, w.bias + dec_row_pair64(first + i / 16, i % 8) + i % 16 / 8 * 32);
     }
     __device__ __forceinline__ void after_wait() {
         pdl_launch(); /* late: attention may then read positions and page tables before its wait */
+        if (!early)
+            settle();
+    }
+    __device__ __forceinline__ void settle() {
         int lane = threadIdx.x - (DEC_WARPS - 1) * 32;
         if (lane < 0)
             return;
@@ -249,12 +259,12 @@ struct dec_qkv_epilogue {
 };
 
 template <class F, int SEG>
-__global__ void __launch_bounds__(ROW_THREADS, 2)
-    dec_qkv_kernel(dec_norm_in in, dec_matrix w, dec_rope rope, dec_kv kv, int n_head, int n_kv, __half *q) {
+__global__ void __launch_bounds__(ROW_THREADS, 2) dec_qkv_kernel(dec_norm_in in, dec_matrix w, dec_rope rope, dec_kv kv,
+                                                                 int n_head, int n_kv, bool early, __half *q) {
     __shared__ float bias[DEC_MAX_TILES * 16];
     __shared__ float2 cs[32];
     __shared__ int64_t at[2];
-    dec_qkv_epilogue epi = {w, rope, kv, n_head, n_kv, q, bias, cs, at};
+    dec_qkv_epilogue epi = {w, rope, kv, n_head, n_kv, q, bias, cs, at, early};
     dec_norm_linear<F, SEG, 4>(in, w, epi);
 }
 
@@ -346,7 +356,7 @@ __device__ __forceinline__ void dec_attn_finish(const dec_attn &a, int head, int
 struct dec_page {
     uint4 k[2][4][2];
     uint32_t v_at; /* shared */
-    const uint8_t *v;
+    uint8_t *v;
     int lane;
 
     __device__ __forceinline__ void ask_v(const __half *page) {
@@ -388,6 +398,27 @@ struct dec_page {
                 s[b][i] = make_float2(c[i][0], c[i][1]);
         }
     }
+    /* Values of keys that the row does not see may be anything, NaN included: cleared. */
+    __device__ __forceinline__ void clear_unseen(const dec_attn &a, int key0, int pos) {
+        const int last = pos - key0, first = a.window > 0 ? last - a.window + 1 : 0;
+        if (first <= 0 && last >= 63)
+            return;
+        const int unit = lane % 8 ^ (lane / 8 & 1) << 2; /* of eight keys, in all the lane's rows: d = lane / 8 + 4 i */
+        uint32_t keep[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int key = unit * 8 + 2 * i;
+            keep[i] =
+                (key >= first && key <= last ? 0xFFFFu : 0u) | (key + 1 >= first && key + 1 <= last ? 0xFFFF0000u : 0u);
+        }
+        uint4 *at = (uint4 *)v + lane; /* lane % 8 is where that unit lies */
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const uint4 w = at[i * 32];
+            at[i * 32] = make_uint4(w.x & keep[0], w.y & keep[1], w.z & keep[2], w.w & keep[3]);
+        }
+        __syncwarp();
+    }
     /* O, m and l of the page into shared memory, from the scores; V is there. */
     __device__ __forceinline__ void finish(const dec_attn &a, float2 (&s)[2][4], int key0, int pos, float *so,
                                            float *sm, float *sl) {
@@ -419,23 +450,13 @@ struct dec_page {
         l += __shfl_xor_sync(~0u, l, 2);
         if (t == 0)
             sm[g] = m, sl[g] = l;
-        /* values of keys that the row does not see may be anything, NaN included: cleared */
-        const int last = pos - key0, first = a.window > 0 ? last - a.window + 1 : 0;
-        const bool whole = first <= 0 && last >= 63;
-        auto keep = [&](int key) {
-            return (key >= first && key <= last ? 0xFFFFu : 0u) |
-                   (key + 1 >= first && key + 1 <= last ? 0xFFFF0000u : 0u);
-        };
-#pragma unroll
+        clear_unseen(a, key0, pos);
+#pragma unroll 2
         for (int n = 0; n < 8; n++) {
             float o[4] = {0, 0, 0, 0};
 #pragma unroll
             for (int b = 0; b < 2; b++) {
-                uint4 w = *(const uint4 *)(v + (8 * n + g) * 128 + ((4 * b + t) ^ (g & 1) << 2) * 16);
-                if (!whole) {
-                    int key = 32 * b + 8 * t;
-                    w.x &= keep(key), w.y &= keep(key + 2), w.z &= keep(key + 4), w.w &= keep(key + 6);
-                }
+                const uint4 w = *(const uint4 *)(v + (8 * n + g) * 128 + ((4 * b + t) ^ (g & 1) << 2) * 16);
                 mma_f16(o, p[b][0], 0, p[b][1], 0, w.x, w.y);
                 mma_f16(o, p[b][2], 0, p[b][3], 0, w.z, w.w);
             }
@@ -486,6 +507,7 @@ __global__ void __launch_bounds__(256, 2) dec_attention_kernel(dec_attn a) {
     pdl_wait();
     if (index >= 0 && index == pos / 64)
         pg.ask_k(page), pg.ask_v(page);
+#pragma unroll 1
     for (; u < n_unit; u += gridDim.x) {
         int h = u % a.n_kv, next = index_of(u + gridDim.x), now = index;
         float2 s[2][4];
@@ -619,6 +641,30 @@ template <class F, int SEG> __global__ void __launch_bounds__(ROW_THREADS, 2) de
 
 /* ---- experts ---- */
 
+/* All n tiles of this CTA in groups of G: epi(sums of the group, its first tile, its number of tiles) by the N_SEG
+ * warps that sum. */
+template <int G, int N_SEG, class Pipe, class Tiles, class Epi>
+__device__ __forceinline__ void dec_piped_tiles(Pipe &pipe, Tiles &tiles, const __half *x, float *red, int n,
+                                                Epi &&epi) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (warp >= N_SEG) {
+        pipe.fill(tiles, INT32_MAX);
+        return;
+    }
+    dec_async_done(); /* biases */
+    for (int i0 = 0, k = 0; i0 < n; i0 += G, k ^= 1) {
+        float *out = red + k * G * DEC_WARPS * 16;
+        const int m = min(G, n - i0);
+        for (int i = 0; i < m; i++) {
+            float acc[4];
+            pipe.tile_sum(x, acc);
+            dec_store(out, i, warp, acc, lane);
+        }
+        asm volatile("bar.sync 1, %0;" ::"n"(N_SEG * 32) : "memory");
+        epi(out, i0, m);
+    }
+}
+
 struct dec_route {
     const float *x;    /* residual row */
     const float *part; /* [n_part][n_expert] from dec_out_kernel */
@@ -640,6 +686,10 @@ __device__ __forceinline__ float dec_choose(const dec_route &a, float4 (&v)[2], 
         if (at < a.n_embd)
             v[i] = dec_ld4(a.x + at);
     }
+    float off[EPL];
+#pragma unroll
+    for (int k = 0; k < EPL; k++)
+        off[k] = a.bias ? a.bias[k * 32 + lane] : 0.f;
     constexpr int AHEAD = 12; /* loads in flight at once */
     for (int i0 = warp; i0 < a.n_part; i0 += DEC_WARPS * AHEAD) {
         float t[AHEAD][EPL];
@@ -671,7 +721,7 @@ __device__ __forceinline__ float dec_choose(const dec_route &a, float4 (&v)[2], 
 #pragma unroll
         for (int w = 1; w < DEC_WARPS; w++)
             t += rp[(w * EPL + k) * 32 + lane];
-        logit[k] = fmaf(t, rs, a.bias ? a.bias[k * 32 + lane] : 0.f);
+        logit[k] = fmaf(t, rs, off[k]);
         uint32_t u = __float_as_uint(logit[k]);
         key[k] = u & 0x80000000u ? ~u : u | 0x80000000u;
     }
@@ -743,16 +793,14 @@ struct dec_tiles_pairs { /* units blockIdx.x, + step, ..: both experts of a pair
 };
 
 /* h[4][n_ff] (f16) = glu of the chosen experts' gate_up on the normed row. */
-template <class F, int SEG, int EPL>
+template <class F, int EPL>
 __global__ void __launch_bounds__(ROW_THREADS, 2) dec_gate_up_kernel(dec_route route, const float *gain, dec_matrix w,
                                                                      float alpha, float limit, __half *h, int n_ff) {
-    using plan = dec_plan<F>;
     constexpr int G = 4;
-    int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, n_seg = w.n_unit / SEG;
-    bool active = warp < n_seg;
+    int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     dec_carve c = {dec_shared};
-    dec_feed<F, SEG, plan::UNITS, plan::STAGES> feed;
-    uint8_t *ring = c.take(n_seg * feed.WARP_BYTES);
+    typename dec_plan<F>::up pipe;
+    uint8_t *ring = c.take(pipe.SMEM);
     float *red = (float *)c.take(2 * G * DEC_WARPS * 16 * 4);
     float *ws = (float *)c.take(64);
     __half *xs = (__half *)c.take(route.n_embd * 2);
@@ -760,8 +808,7 @@ __global__ void __launch_bounds__(ROW_THREADS, 2) dec_gate_up_kernel(dec_route r
 
     int n_all = DEC_TOP_K * w.n_tile, first = dec_share(n_all, blockIdx.x),
         n = dec_share(n_all, blockIdx.x + 1) - first;
-    if (active)
-        feed.open(ring, n);
+    pipe.open(ring, n);
     float4 g[2];
 #pragma unroll
     for (int i = 0; i < 2; i++)
@@ -775,10 +822,10 @@ __global__ void __launch_bounds__(ROW_THREADS, 2) dec_gate_up_kernel(dec_route r
     float rs = dec_choose<EPL>(route, v, rp, ws, id, weight);
     dec_tiles_experts tile = {w, id, (int64_t)w.n_unit * F::CHUNK};
     tile.start(first);
-    if (active)
-        feed.prime(tile);
+    if (warp == pipe.PRODUCER)
+        pipe.fill(tile, pipe.refill(0));
     float *bias = (float *)(xs + route.n_embd); /* [DEC_MAX_TILES][16] */
-    if (warp == DEC_WARPS - 1 && w.bias)
+    if (warp == DEC_WARPS - 2 && w.bias)
         for (int i = lane; i < min(n, DEC_MAX_TILES) * 16; i += 32) {
             int at = first + i / 16, slot = (at >= w.n_tile) + (at >= 2 * w.n_tile) + (at >= 3 * w.n_tile);
             dec_async4(bias + i, w.bias + ((int64_t)dec_pick(id, slot) * 2 + i % 16 / 8) * n_ff +
@@ -789,32 +836,30 @@ __global__ void __launch_bounds__(ROW_THREADS, 2) dec_gate_up_kernel(dec_route r
         if (4 * (tid + i * ROW_THREADS) < route.n_embd)
             *(uint2 *)(xs + 4 * (tid + i * ROW_THREADS)) = dec_norm4(v[i], rs, g[i]);
     __syncthreads();
-    dec_tiles<G>(feed, tile, xs + warp * SEG * 64 + lane % 4 * 8, red, n, active,
-                 [&](const float *sums, int i0, int m) {
-                     int i = tid / 8, r = tid % 8;
-                     if (i >= m)
-                         return;
-                     int at = first + i0 + i, slot = (at >= w.n_tile) + (at >= 2 * w.n_tile) + (at >= 3 * w.n_tile),
-                         e = dec_pick(id, slot), row = (at - slot * w.n_tile) * 8 + r;
-                     float gate = dec_sum(sums, i, r, n_seg) * w.post, up = dec_sum(sums, i, r + 8, n_seg) * w.post;
-                     if (w.bias && i0 + i < DEC_MAX_TILES)
-                         gate += bias[(i0 + i) * 16 + r], up += bias[(i0 + i) * 16 + r + 8];
-                     else if (w.bias)
-                         gate += w.bias[(int64_t)e * 2 * n_ff + row], up += w.bias[((int64_t)e * 2 + 1) * n_ff + row];
-                     h[slot * n_ff + row] = __float2half_rn(glu(gate, up, alpha, limit));
-                 });
+    dec_piped_tiles<G, 15>(pipe, tile, xs + warp * 192 + lane % 4 * 8, red, n, [&](const float *sums, int i0, int m) {
+        int i = tid / 8, r = tid % 8;
+        if (i >= m)
+            return;
+        int at = first + i0 + i, slot = (at >= w.n_tile) + (at >= 2 * w.n_tile) + (at >= 3 * w.n_tile),
+            e = dec_pick(id, slot), row = (at - slot * w.n_tile) * 8 + r;
+        float gate = dec_sum(sums, i, r, 15) * w.post, up = dec_sum(sums, i, r + 8, 15) * w.post;
+        if (w.bias && i0 + i < DEC_MAX_TILES)
+            gate += bias[(i0 + i) * 16 + r], up += bias[(i0 + i) * 16 + r + 8];
+        else if (w.bias)
+            gate += w.bias[(int64_t)e * 2 * n_ff + row], up += w.bias[((int64_t)e * 2 + 1) * n_ff + row];
+        h[slot * n_ff + row] = __float2half_rn(glu(gate, up, alpha, limit));
+    });
 }
 
 /* p[pair][n_embd] = weighted sum of two experts' down + bias; pair 0: the first two of the route. */
-template <class F, int SEG, int EPL>
+template <class F, int EPL>
 __global__ void __launch_bounds__(ROW_THREADS, 2)
     dec_down_kernel(dec_route route, dec_matrix w, const __half *h, int n_ff, float *p) {
-    constexpr int G = 2, UNITS = dec_plan<F>::UNITS, STAGES = dec_plan<F>::DOWN_STAGES;
-    int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, n_seg = w.n_unit / SEG;
-    bool active = warp < n_seg;
+    constexpr int G = 2;
+    int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     dec_carve c = {dec_shared};
-    dec_feed<F, SEG, UNITS, STAGES> feed;
-    uint8_t *ring = c.take(n_seg * feed.WARP_BYTES);
+    typename dec_plan<F>::down pipe;
+    uint8_t *ring = c.take(pipe.SMEM);
     float *red = (float *)c.take(2 * 2 * G * DEC_WARPS * 16 * 4);
     float *ws = (float *)c.take(64);
     __half *hs = (__half *)c.take(DEC_TOP_K * n_ff * 2);
@@ -825,48 +870,48 @@ __global__ void __launch_bounds__(ROW_THREADS, 2)
     float weight[DEC_TOP_K];
     dec_choose<EPL>(route, v, red, ws, id, weight);
     dec_tiles_pairs tile = {w, id, (int64_t)w.n_unit * F::CHUNK, (int)blockIdx.x, step, 0};
-    if (active) {
-        feed.open(ring, n * 2);
-        feed.prime(tile);
-    }
+    pipe.open(ring, n * 2);
+    if (warp == pipe.PRODUCER)
+        pipe.fill(tile, pipe.refill(0));
     pdl_launch();
     pdl_wait();
     float *bias = (float *)(hs + DEC_TOP_K * n_ff); /* [DEC_MAX_TILES][16] */
-    if (warp == DEC_WARPS - 1 && w.bias)
+    if (warp == DEC_WARPS - 2 && w.bias)
         for (int i = lane; i < min(2 * n, DEC_MAX_TILES) * 16; i += 32) {
             int u = blockIdx.x + i / 32 * step, pair = u >= w.n_tile;
             dec_async4(bias + i, w.bias + (int64_t)dec_pick(id, pair * 2 + i / 16 % 2) * w.n_tile * 16 +
                                      (u - pair * w.n_tile) * 16 + i % 16);
         }
-    /* the warp's segment of the four rows of h: SEG * 8 pieces of 16 bytes each */
-    uint4 *own = (uint4 *)hs + warp * SEG * 8 * DEC_TOP_K;
-    if (active) {
+    /* the warp's segment of the four rows of h: 24 pieces of 16 bytes each */
+    uint4 *own = (uint4 *)hs + warp * 24 * DEC_TOP_K;
+    if (warp < 15) {
 #pragma unroll
-        for (int i = lane; i < SEG * 8 * DEC_TOP_K; i += 32)
-            own[i] = __ldcg((const uint4 *)(h + i / (SEG * 8) * n_ff + warp * SEG * 64) + i % (SEG * 8));
+        for (int i = lane; i < 24 * DEC_TOP_K; i += 32)
+            own[i] = __ldcg((const uint4 *)(h + i / 24 * n_ff + warp * 192) + i % 24);
     }
-    if (!active)
-        dec_async_done();
-    __syncthreads(); /* red was dec_choose's */
+    dec_async_done();
+    __syncthreads(); /* red was dec_choose's; the pipe's */
+    if (warp == pipe.PRODUCER) {
+        pipe.fill(tile, INT32_MAX);
+        return;
+    }
     for (int i0 = 0, k = 0; i0 < n; i0 += G, k ^= 1) {
         float *out = red + k * 2 * G * DEC_WARPS * 16;
         int m = min(G, n - i0);
-        if (active)
-            for (int i = 0; i < 2 * m; i++) {
-                int pair = (int)blockIdx.x + (i0 + i / 2) * step >= w.n_tile;
-                const __half *x = (const __half *)(own + (pair * 2 + i % 2) * SEG * 8) + lane % 4 * 8;
-                float acc[4];
-                feed.tile_sum(tile, x, acc);
-                dec_store(out, i, warp, acc, lane);
-            }
-        __syncthreads();
+        for (int i = 0; i < 2 * m; i++) {
+            int pair = (int)blockIdx.x + (i0 + i / 2) * step >= w.n_tile;
+            float acc[4];
+            pipe.tile_sum((const __half *)(own + (pair * 2 + i % 2) * 24) + lane % 4 * 8, acc);
+            dec_store(out, i, warp, acc, lane);
+        }
+        asm volatile("bar.sync 1, %0;" ::"n"(15 * 32) : "memory");
         if (tid < m * 16) {
             int i = tid / 16, r = tid % 16, u = blockIdx.x + (i0 + i) * step, pair = u >= w.n_tile,
                 row = (u - pair * w.n_tile) * 16 + r;
             float d[2];
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                d[j] = dec_sum(out, 2 * i + j, r, n_seg) * w.post;
+                d[j] = dec_sum(out, 2 * i + j, r, 15) * w.post;
                 if (w.bias && 2 * (i0 + i) + j < DEC_MAX_TILES)
                     d[j] += bias[(2 * (i0 + i) + j) * 16 + r];
                 else if (w.bias)
@@ -888,12 +933,11 @@ template <class F> constexpr size_t dec_out_smem(int n_seg, int n_col) {
     return (size_t)n_seg * dec_plan<F>::OUT_UNITS * dec_plan<F>::OUT_STAGES * F::CHUNK + 2 * 2 * DEC_WARPS * 64 + 256 +
            n_col * 2;
 }
-template <class F> constexpr size_t dec_gate_up_smem(int n_seg, int n_embd) {
-    return dec_linear_smem<F>(n_seg, n_embd) + DEC_MAX_TILES * 64;
+template <class F> constexpr size_t dec_gate_up_smem(int n_embd) {
+    return dec_plan<F>::up::SMEM + 2 * 4 * DEC_WARPS * 64 + 64 + n_embd * 2 + DEC_MAX_TILES * 64 + 64;
 }
-template <class F> constexpr size_t dec_down_smem(int n_seg, int n_ff) {
-    return (size_t)n_seg * dec_plan<F>::UNITS * dec_plan<F>::DOWN_STAGES * F::CHUNK + 2 * 4 * DEC_WARPS * 64 + 64 +
-           DEC_TOP_K * n_ff * 2 + DEC_MAX_TILES * 64;
+template <class F> constexpr size_t dec_down_smem(int n_ff) {
+    return dec_plan<F>::down::SMEM + 2 * 4 * DEC_WARPS * 64 + 64 + DEC_TOP_K * n_ff * 2 + DEC_MAX_TILES * 64 + 64;
 }
 
 #endif
