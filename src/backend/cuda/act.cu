@@ -196,6 +196,11 @@ orcd_status cuda_kv_open(be_device *base, const be_kv_spec *s, be_kv **out, orcd
         const size_t bytes = (size_t)kv->base.page_bytes[p] * (size_t)s->n_page[p];
         ORCD_TRY_GOTO(st, done, cuda_alloc(d, &kv->pages[p], bytes, "the KV cache", err));
         ORCD_TRY_GOTO(st, done, cuda_alloc(d, &kv->table[p], entries * sizeof(int32_t), "a page table", err));
+        kv->change[p] = (int32_t *)calloc(entries, sizeof(int32_t));
+        if (!kv->change[p]) {
+            st = orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for a page table");
+            goto done;
+        }
         cudaError_t e = cudaMemset(kv->table[p], 0xff, entries * sizeof(int32_t));
         if (e == cudaSuccess) /* keys never written are masked, but NaN times zero would still be NaN */
             e = cudaMemset(kv->pages[p], 0, bytes);
@@ -223,6 +228,7 @@ void cuda_kv_close(be_device *base, be_kv *cache) {
     for (int p = 0; p < BE_N_POOLS; p++) {
         cudaFree(kv->pages[p]);
         cudaFree(kv->table[p]);
+        free(kv->change[p]);
     }
     free(kv->window);
     free(kv->sub);
@@ -232,6 +238,11 @@ void cuda_kv_close(be_device *base, be_kv *cache) {
 
 void cuda_kv_map(be_kv *cache, int pool, int slot, int index, int32_t page) {
     cuda_kv *kv = (cuda_kv *)cache;
+    const int32_t entry = slot * kv->n_entry + index, at = kv->change[pool][entry];
+    if (at < kv->n_map && kv->map[at].pool == pool && kv->map[at].index == entry) {
+        kv->map[at].page = page; /* changes are applied in no order, so an entry has one */
+        return;
+    }
     if (kv->n_map == kv->cap_map) {
         int cap = kv->cap_map ? 2 * kv->cap_map : 256;
         void *grown = realloc(kv->map, (size_t)cap * sizeof *kv->map);
@@ -242,7 +253,8 @@ void cuda_kv_map(be_kv *cache, int pool, int slot, int index, int32_t page) {
         kv->map = (cuda_kv::cuda_map *)grown;
         kv->cap_map = cap;
     }
-    kv->map[kv->n_map++] = {pool, slot * kv->n_entry + index, page};
+    kv->change[pool][entry] = kv->n_map;
+    kv->map[kv->n_map++] = {pool, entry, page};
 }
 
 static uint8_t *page_at(const cuda_kv *kv, int pool, int32_t page) {

@@ -89,6 +89,7 @@ struct cuda_kv {
     } * map;
     int n_map, cap_map;
     orcd_status failed;
+    int32_t *change[BE_N_POOLS]; /* [n_slot][n_entry]: where in map an entry changed last; maybe of an older list */
 };
 
 /* ---- one step ---- */
