@@ -211,9 +211,8 @@ static eng_verdict on_token(void *ctx, const eng_token *t) {
 
 static void on_prefill(void *ctx, int32_t done, int32_t total) {
     gen *g = ctx;
-    (void)done, (void)total;
     if (g->p.on_running)
-        g->p.on_running(g->p.ctx);
+        g->p.on_running(g->p.ctx, done, total);
     g->p.on_running = NULL;
 }
 

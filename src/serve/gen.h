@@ -60,7 +60,7 @@ typedef struct gen_params {
     /* From the engine thread; must not block. A false answer ends the generation (the client is gone). */
     bool (*on_event)(void *ctx, const gen_event *e);
     /* From the engine thread, before the first event: it has a place in the batch. May be NULL. */
-    void (*on_running)(void *ctx);
+    void (*on_running)(void *ctx, int32_t n_cached, int32_t n_prompt);
     /* Once, last. The gen is freed right after it. */
     void (*on_done)(void *ctx, const gen_done *d);
     void *ctx;

@@ -281,8 +281,10 @@ static bool on_event(void *ctx, const gen_event *e) {
     return !atomic_load(&j->gone);
 }
 
-static void on_running(void *ctx) {
+static void on_running(void *ctx, int32_t n_cached, int32_t n_prompt) {
     choice *c = ctx;
+    c->result.n_cached = n_cached;
+    c->result.n_prompt = n_prompt;
     if ((c->job->stream || c->job->d->whole) && c->job->d->running)
         c->job->d->running(c);
 }

@@ -29,8 +29,8 @@ typedef struct choice { /* one of the generations of a job */
     json_t *logprob; /* array of the dialect's entries not sent yet, or all of them without streaming; may be NULL */
     double t_first, t_last; /* of its tokens, 0 = none yet */
     int64_t n_token;
-    gen_done done; /* once ended; done.result points to `result` */
-    eng_result result;
+    gen_done done;     /* once ended; done.result points to `result` */
+    eng_result result; /* n_cached and n_prompt from `running` on */
     /* free for the dialect */
     bool began;
     int64_t offset;
@@ -160,8 +160,8 @@ struct server {
 
 /* ---- routes: dialects and small answers ---- */
 
-extern const dialect api_execute, api_completions, api_chat, api_responses, api_responses_count, api_tokenize,
-    api_detokenize;
+extern const dialect api_execute, api_completions, api_chat, api_responses, api_responses_count, api_messages,
+    api_messages_count, api_tokenize, api_detokenize;
 void api_health(http_exchange *x, void *server);
 void api_metrics(http_exchange *x, void *server);
 void api_models(http_exchange *x, void *server);

@@ -29,6 +29,8 @@ static void detokenize(http_exchange *x, void *s) { job_accept(x, s, &api_detoke
 static void chat_completions(http_exchange *x, void *s) { job_accept(x, s, &api_chat); }
 static void responses(http_exchange *x, void *s) { job_accept(x, s, &api_responses); }
 static void responses_count(http_exchange *x, void *s) { job_accept(x, s, &api_responses_count); }
+static void messages(http_exchange *x, void *s) { job_accept(x, s, &api_messages); }
+static void messages_count(http_exchange *x, void *s) { job_accept(x, s, &api_messages_count); }
 static void completions(http_exchange *x, void *s) { job_accept(x, s, &api_completions); }
 
 static const http_route serve_routes[] = {
@@ -39,6 +41,8 @@ static const http_route serve_routes[] = {
     {"POST", "/v1/chat/completions", chat_completions, false},
     {"POST", "/v1/responses", responses, false},
     {"POST", "/v1/responses/input_tokens", responses_count, false},
+    {"POST", "/v1/messages", messages, false},
+    {"POST", "/v1/messages/count_tokens", messages_count, false},
     {"POST", "/tokenize", tokenize, false},
     {"POST", "/detokenize", detokenize, false},
     {0},
