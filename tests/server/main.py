@@ -31,9 +31,7 @@ class Result(unittest.TextTestResult):
 
 
 suite = unittest.TestSuite()
-for name in MODULES:
-    chosen = [a for a in sys.argv[1:] if a.split(".")[0] == name]
-    for item in (chosen if len(sys.argv) > 1 else [name]):
-        suite.addTests(unittest.defaultTestLoader.loadTestsFromName(item))
+for item in sys.argv[1:] or MODULES:
+    suite.addTests(unittest.defaultTestLoader.loadTestsFromName(item))
 result = unittest.TextTestRunner(stream=sys.stdout, resultclass=Result, verbosity=0).run(suite)
 sys.exit(not result.wasSuccessful())
