@@ -115,3 +115,23 @@ void arch_set_tap(arch_model *m, be_tap_fn fn, void *ctx) {
     m->tap = fn;
     m->tap_ctx = ctx;
 }
+
+static const char *full_key(const arch *a, const char *key, char out[128]) {
+    snprintf(out, 128, "%s.%s", a->name, key);
+    return out;
+}
+
+void arch_put_int(const arch *a, gguf_writer *w, const char *key, int v) {
+    char full[128];
+    gguf_put_u32(w, full_key(a, key, full), (uint32_t)v);
+}
+
+void arch_put_num(const arch *a, gguf_writer *w, const char *key, double v) {
+    char full[128];
+    gguf_put_f32(w, full_key(a, key, full), (float)v);
+}
+
+void arch_put_str(const arch *a, gguf_writer *w, const char *key, const char *v) {
+    char full[128];
+    gguf_put_str(w, full_key(a, key, full), v, strlen(v));
+}

@@ -52,6 +52,26 @@ uint64_t arch_act_bytes(const arch_config *c, int max_tok, int max_out);
 /* Fill the model's part of a KV spec: layers, heads, windows. spec->window points into the configuration. */
 void arch_kv_spec(const arch_config *c, be_kv_spec *spec);
 
+/* One stored matrix or vector of a model, under its GGUF name. */
+typedef struct arch_tensor {
+    char name[96];
+    int layer; /* -1: belongs to the whole model */
+    be_use use;
+    bool exact; /* norm, bias, sink, router or position: F32 in every mix, as llama.cpp writes it */
+    bool tied;  /* the first file does without: the token embedding serves */
+    uint32_t n_dims;
+    uint64_t ne[3]; /* as GGUF counts: fastest dimension first */
+} arch_tensor;
+
+/* data[i]: the tensor in file i, valid during the call. A bias is read whole with mf_floats, its rows have no meaning.
+ */
+typedef orcd_status (*arch_tensor_fn)(void *ctx, const arch_tensor *t, const mf_tensor *const *data, orcd_error *err);
+
+/* Walk the weights of n_file (0 to 2) files of one architecture and configuration side by side; without files the
+ * tensors are only described. Every shape is checked against the configuration. */
+orcd_status arch_each_tensor(const arch *a, const arch_config *c, int n_file, const mf_file *const *file,
+                             arch_tensor_fn fn, void *ctx, orcd_error *err) ORCD_MUST_USE;
+
 typedef void (*arch_progress)(void *ctx, uint64_t done, uint64_t total); /* bytes as stored */
 
 /* Load every weight onto the device and make the activations for steps of at most max_tok rows, max_out outputs. */

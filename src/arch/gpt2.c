@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+extern const arch arch_gpt2;
 static const char *const aliases[] = {NULL};
 
 #define G(member) offsetof(arch_globals, member)
@@ -59,6 +60,20 @@ static orcd_status config(const mf_file *f, arch_config *c, orcd_error *err) {
     return arch_get_vocab(f, "token_embd.weight", "wte.weight", &c->n_vocab, err);
 }
 
+static orcd_status put_keys(const arch_config *c, gguf_writer *w, orcd_error *err) {
+    const arch *a = &arch_gpt2;
+    if (!c->gelu_tanh)
+        return orcd_fail(err, ORCD_ERR_UNSUPPORTED,
+                         "activation_function is gelu in config.json; GGUF has no key for it, GPT-2 has gelu_new");
+    arch_put_int(a, w, "block_count", c->n_layer);
+    arch_put_int(a, w, "context_length", c->n_ctx);
+    arch_put_int(a, w, "embedding_length", c->n_embd);
+    arch_put_int(a, w, "feed_forward_length", c->n_ff);
+    arch_put_int(a, w, "attention.head_count", c->n_head);
+    arch_put_num(a, w, "attention.layer_norm_epsilon", c->norm_eps);
+    return ORCD_OK;
+}
+
 static be_act *forward(arch_model *m, be_step *s) {
     const arch_config *c = &m->cfg;
     const arch_acts *a = &m->act;
@@ -90,6 +105,7 @@ const arch arch_gpt2 = {
     .name = "gpt2",
     .aliases = aliases,
     .config = config,
+    .put_keys = put_keys,
     .gguf_layer = "blk.%d.",
     .hf_layer = "h.%d.",
     .hf_prefix = "transformer.",

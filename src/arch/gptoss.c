@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
+extern const arch arch_gptoss;
 static const char *const aliases[] = {"gptoss", "gpt_oss", NULL};
 
 #define G(member) offsetof(arch_globals, member)
@@ -125,6 +126,58 @@ static orcd_status config(const mf_file *f, arch_config *c, orcd_error *err) {
     return read_windows(f, c, err);
 }
 
+/* The shortest period that says which layers are full; 0 when none does. */
+static int window_period(const arch_config *c) {
+    for (int period = 1; period <= c->n_layer + 1; period++) {
+        bool fits = true;
+        for (int i = 0; i < c->n_layer; i++)
+            fits = fits && (c->window[i] > 0) == (i % period < period - 1);
+        if (fits)
+            return period;
+    }
+    return 0;
+}
+
+static orcd_status put_keys(const arch_config *c, gguf_writer *w, orcd_error *err) {
+    const arch *a = &arch_gptoss;
+    int period = window_period(c), window = 128;
+    if (c->rope_truncate)
+        return orcd_fail(err, ORCD_ERR_UNSUPPORTED,
+                         "rope_scaling.truncate is true in config.json; GGUF has no key for it, gpt-oss has false");
+    if (!period)
+        return orcd_fail(err, ORCD_ERR_UNSUPPORTED,
+                         "layer_types of config.json has no period; GGUF knows only every n-th layer full");
+    for (int i = 0; i < c->n_layer; i++)
+        window = c->window[i] ? c->window[i] : window;
+    arch_put_int(a, w, "block_count", c->n_layer);
+    arch_put_int(a, w, "context_length", c->n_ctx);
+    arch_put_int(a, w, "embedding_length", c->n_embd);
+    arch_put_int(a, w, "feed_forward_length", c->n_ff);
+    arch_put_int(a, w, "attention.head_count", c->n_head);
+    arch_put_int(a, w, "attention.head_count_kv", c->n_kv_head);
+    arch_put_int(a, w, "attention.key_length", c->head_dim);
+    arch_put_int(a, w, "attention.value_length", c->head_dim);
+    arch_put_num(a, w, "attention.layer_norm_rms_epsilon", c->norm_eps);
+    arch_put_int(a, w, "attention.sliding_window", window);
+    if (period != 2)
+        arch_put_int(a, w, "attention.sliding_window_pattern", period);
+    arch_put_int(a, w, "expert_count", c->n_expert);
+    arch_put_int(a, w, "expert_used_count", c->n_expert_used);
+    arch_put_int(a, w, "expert_feed_forward_length", c->n_ff);
+    if (c->glu_limit != 7)
+        arch_put_num(a, w, "swiglu_limit", c->glu_limit);
+    arch_put_int(a, w, "rope.dimension_count", c->head_dim);
+    arch_put_num(a, w, "rope.freq_base", c->rope_base);
+    arch_put_str(a, w, "rope.scaling.type", c->rope_factor > 1 ? "yarn" : "none");
+    if (c->rope_factor > 1) {
+        arch_put_num(a, w, "rope.scaling.factor", c->rope_factor);
+        arch_put_int(a, w, "rope.scaling.original_context_length", c->rope_n_ctx_orig);
+        arch_put_num(a, w, "rope.scaling.yarn_beta_fast", c->rope_beta_fast);
+        arch_put_num(a, w, "rope.scaling.yarn_beta_slow", c->rope_beta_slow);
+    }
+    return ORCD_OK;
+}
+
 /* YaRN (Peng et al. 2023): low frequencies are interpolated by the factor, high ones kept, a ramp between. */
 static void setup(arch_model *m) {
     const arch_config *c = &m->cfg;
@@ -183,6 +236,7 @@ const arch arch_gptoss = {
     .name = "gpt-oss",
     .aliases = aliases,
     .config = config,
+    .put_keys = put_keys,
     .gguf_layer = "blk.%d.",
     .hf_layer = "model.layers.%d.",
     .hf_prefix = "",

@@ -177,6 +177,68 @@ static orcd_status visit_all(const arch *a, const mf_file *f, const arch_config 
     return st;
 }
 
+/* ---- one tensor at a time ---- */
+
+static void describe(const arch_slot *s, const arch_part *p, const arch_config *c, bool bias, arch_tensor *t) {
+    bool experts = s->use == BE_USE_GATE_UP || s->use == BE_USE_DOWN;
+    size_t n = strlen(p->gguf);
+    bool named = n > 5 && strcmp(p->gguf + n - 5, ".bias") == 0;
+    char layer[32] = "";
+    if (t->layer >= 0)
+        snprintf(layer, sizeof layer, "blk.%d.", t->layer);
+    snprintf(t->name, sizeof t->name, "%s%s%s", layer, p->gguf, bias ? ".bias" : named ? "" : ".weight");
+    t->use = s->use;
+    t->exact = bias || s->use == BE_USE_VECTOR || p->row == DIM_EXPERTS || p->row == DIM_CTX;
+    t->n_dims = 0;
+    if (!bias)
+        t->ne[t->n_dims++] = dim(c, p->col);
+    if (s->use != BE_USE_VECTOR)
+        t->ne[t->n_dims++] = dim(c, p->row);
+    if (experts)
+        t->ne[t->n_dims++] = (uint64_t)c->n_expert;
+}
+
+static orcd_status each_of_slot(walk *w, int n_file, const arch_slot *s, arch_tensor *t, arch_tensor_fn fn, void *ctx,
+                                orcd_error *err) {
+    const arch_config *c = w->c;
+    be_load l[2];
+    const mf_tensor *data[2] = {NULL, NULL};
+    for (int i = 0; i < n_file; i++) {
+        w[i].layer = t->layer;
+        ORCD_TRY(bind(&w[i], s, &l[i], err));
+    }
+    t->tied = n_file && w[0].tied;
+    for (int k = 0; k < 3 && s->part[k].gguf; k++) {
+        for (int i = 0; i < n_file; i++)
+            data[i] = &l[i].part[k];
+        describe(s, &s->part[k], c, false, t);
+        ORCD_TRY(fn(ctx, t, data, err));
+        if (!s->part[k].hf_bias)
+            continue;
+        for (int i = 0; i < n_file; i++)
+            data[i] = &l[i].bias[k];
+        describe(s, &s->part[k], c, true, t);
+        ORCD_TRY(fn(ctx, t, data, err));
+    }
+    return ORCD_OK;
+}
+
+orcd_status arch_each_tensor(const arch *a, const arch_config *c, int n_file, const mf_file *const *file,
+                             arch_tensor_fn fn, void *ctx, orcd_error *err) {
+    walk w[2] = {{.a = a, .f = n_file > 0 ? file[0] : NULL, .c = c},
+                 {.a = a, .f = n_file > 1 ? file[1] : NULL, .c = c}};
+    orcd_status st = ORCD_OK;
+    arch_tensor t = {0};
+    for (t.layer = -1; t.layer < c->n_layer && st == ORCD_OK; t.layer++)
+        for (const arch_slot *s = t.layer < 0 ? a->global_slots : a->layer_slots; s->part[0].gguf && st == ORCD_OK;
+             s++) {
+            st = each_of_slot(w, n_file, s, &t, fn, ctx, err);
+            for (int i = 0; i < n_file; i++)
+                drop_bias_copies(&w[i]);
+        }
+    return st;
+}
+
 static orcd_status measure_one(void *ctx, walk *w, const arch_slot *s, const be_load *l, orcd_error *err) {
     arch_size *size = ctx;
     (void)err;

@@ -80,6 +80,8 @@ struct arch {
     const char *name;           /* GGUF's general.architecture */
     const char *const *aliases; /* other spellings, ends with NULL */
     orcd_status (*config)(const mf_file *f, arch_config *c, orcd_error *err);
+    /* The configuration as GGUF keys; fails when GGUF has no word for it. */
+    orcd_status (*put_keys)(const arch_config *c, gguf_writer *w, orcd_error *err);
     const char *gguf_layer, *hf_layer; /* "blk.%d.", "model.layers.%d." */
     const char *hf_prefix;             /* before every HF name, tried without it too: "transformer." */
     const arch_slot *global_slots, *layer_slots;
@@ -92,6 +94,11 @@ static inline void arch_tap(arch_model *m, be_step *s, const char *name, int lay
     if (m->tap)
         s->dev->ops->tap(s, name, layer, a, m->tap, m->tap_ctx);
 }
+
+/* Write "<architecture>.KEY". */
+void arch_put_int(const arch *a, gguf_writer *w, const char *key, int v);
+void arch_put_num(const arch *a, gguf_writer *w, const char *key, double v);
+void arch_put_str(const arch *a, gguf_writer *w, const char *key, const char *v);
 
 /* Integer and float configuration values with a stated range; fail with a sentence naming key, value and range. */
 orcd_status arch_get_int(const mf_file *f, const char *gguf_key, const char *hf_key, int64_t lo, int64_t hi,

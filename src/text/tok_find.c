@@ -32,6 +32,28 @@ done:
     return status;
 }
 
+/* "FOLDER/tokenizer.json" of the model, and of the folder above. False: out of memory. */
+static bool places(const mf_file *f, buf *here, buf *above) {
+    char *copy = strdup(mf_path(f));
+    if (copy) {
+        const char *folder = file_is_dir(copy) ? copy : dirname(copy);
+        buf_printf(here, "%s/" NAME, folder);
+        buf_printf(above, "%s/../" NAME, folder);
+    }
+    free(copy);
+    return here->data && !here->failed && above->data && !above->failed;
+}
+
+char *tok_json_path(const mf_file *f) {
+    buf here = {0}, above = {0};
+    char *path = NULL;
+    if (places(f, &here, &above))
+        path = file_exists(here.data) ? strdup(here.data) : file_exists(above.data) ? strdup(above.data) : NULL;
+    buf_free(&here);
+    buf_free(&above);
+    return path;
+}
+
 orcd_status tok_open_for(const mf_file *f, const char *explicit_path, tok **out, orcd_error *err) {
     *out = NULL;
     if (explicit_path)
@@ -40,15 +62,9 @@ orcd_status tok_open_for(const mf_file *f, const char *explicit_path, tok **out,
     if (g && gguf_find(g, "tokenizer.ggml.tokens"))
         return tok_open_gguf(g, out, err);
 
-    char *copy = strdup(mf_path(f));
     buf here = {0}, above = {0};
     orcd_status status = ORCD_ERR_NOMEM;
-    if (copy) {
-        const char *folder = file_is_dir(copy) ? copy : dirname(copy);
-        buf_printf(&here, "%s/" NAME, folder);
-        buf_printf(&above, "%s/../" NAME, folder);
-    }
-    if (!here.data || here.failed || !above.data || above.failed)
+    if (!places(f, &here, &above))
         orcd_fail(err, status, "not enough memory for the path of the tokenizer");
     else if (file_exists(here.data))
         status = tok_open_json(here.data, out, err);
@@ -57,7 +73,6 @@ orcd_status tok_open_for(const mf_file *f, const char *explicit_path, tok **out,
     else
         status = orcd_fail(err, ORCD_ERR_IO, "no tokenizer: searched %s%s and %s; name one with --tokenizer",
                            g ? "the GGUF file, " : "", here.data, above.data);
-    free(copy);
     buf_free(&here);
     buf_free(&above);
     return status;

@@ -22,6 +22,11 @@ orcd_status tok_open_gguf(const gguf *g, tok **out, orcd_error *err) ORCD_MUST_U
 /* The model's own tokenizer: `explicit_path` (--tokenizer) when given; else the GGUF's arrays; else tokenizer.json
  * in the model's folder, then one folder up. A miss names every path searched. */
 orcd_status tok_open_for(const mf_file *f, const char *explicit_path, tok **out, orcd_error *err) ORCD_MUST_USE;
+/* The tokenizer.json in the model's folder or one folder up: its path, to be freed; NULL when there is none. */
+char *tok_json_path(const mf_file *f);
+/* Write a tokenizer.json as the tokenizer.ggml.* keys of a GGUF file, as llama.cpp's converter does: ids without a
+ * text, up to n_vocab, become unused [PADn]; a chat template beside the file goes along. */
+orcd_status tok_export(const char *json_path, int32_t n_vocab, gguf_writer *w, orcd_error *err) ORCD_MUST_USE;
 void tok_close(tok *t);
 
 tok_kind tok_kind_of(const tok *t);
