@@ -125,8 +125,11 @@ orcd_status seq_new(const eng *e, const eng_request *r, seq **out, orcd_error *e
         s->r.n_stop_id = n_end;
     }
     choose_boundaries(&s->r);
-    if (!r->has_seed && getrandom(&s->r.sampling.seed, sizeof s->r.sampling.seed, 0) < 0)
-        s->r.sampling.seed = (uint64_t)(eng_now() * 1e9);
+    if (!r->has_seed) {
+        if (getrandom(&s->r.sampling.seed, sizeof s->r.sampling.seed, 0) < 0)
+            s->r.sampling.seed = (uint64_t)(eng_now() * 1e9);
+        s->r.sampling.seed >>= 11; /* 53 bits: a number that every JSON reader keeps */
+    }
     memcpy(s->token, r->prompt, r->n_prompt * sizeof *s->token);
     s->r.prompt = s->token;
     s->n_limit = n_limit;
