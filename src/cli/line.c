@@ -1,5 +1,6 @@
 #include "cli/line.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <histedit.h>
 #include <langinfo.h>
@@ -109,6 +110,7 @@ static const char *next(line_reader *l, const char *prompt, size_t *len) {
         int n = 0;
         l->prompt = prompt;
         s = el_gets(l->edit, &n);
+        l->interrupted = l->interrupted || (!s && n < 0 && errno == EINTR); /* a signal from elsewhere */
         *len = s && n > 0 ? (size_t)n : 0;
     } else {
         ssize_t n = getline(&l->line, &l->cap, stdin);

@@ -264,7 +264,11 @@ static bool read_choice(const job *j, messages *q, req_error *err) {
 static bool read_thinking(const job *j, messages *q, req_error *err) {
     const json_t *v = json_object_get(j->body, "thinking"), *config = json_object_get(j->body, "output_config");
     const char *effort = str_of(config, "effort");
-    q->chat.hide_reasoning = !is(v, "type", "enabled") && !is(v, "type", "adaptive");
+    const json_t *format = json_object_get(config, "format");
+    q->chat.hide_reasoning = !json_is_object(v) || is(v, "type", "disabled") || is(v, "display", "omitted");
+    if (format && !json_is_null(format))
+        return req_fail(err, 400, "unsupported_parameter", "output_config.format",
+                        "output_config.format is not supported");
     if (is(v, "type", "disabled"))
         q->chat.effort = CHAT_EFFORT_LOW;
     if (effort && !chat_effort_of(effort, &q->chat.effort))

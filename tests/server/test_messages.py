@@ -12,6 +12,7 @@ except ImportError:
 WEATHER = {"name": "get_weather", "description": "Get the weather at a place.",
            "input_schema": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}}
 CALL = "Please run get_weather (place set to \"Paris\")."
+GREEDY = {"temperature": 0}  # no longer a parameter of the client's own
 THINK = {"type": "enabled", "budget_tokens": 1024}
 MESSAGE = {"id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage"}
 USAGE = {"input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens"}
@@ -170,7 +171,8 @@ class Requests(unittest.TestCase):
     def test_errors(self):
         for more in ({"max_tokens": None}, {"messages": []}, {"messages": user([{"type": "image", "source": {}}])},
                      {"tool_choice": {"type": "tool", "name": "none"}}, {"messages": user("word " * 9000)},
-                     {"messages": [{"role": "robot", "content": ""}]}):
+                     {"messages": [{"role": "robot", "content": ""}]},
+                     {"output_config": {"format": {"type": "json_schema"}}}):
             status, r = server.json("/v1/messages", body(**more))
             self.assertEqual((status, r["type"], r["error"]["type"]), (400, "error", "invalid_request_error"), r)
             self.assertEqual(set(r), {"type", "error"})
@@ -189,19 +191,19 @@ class OfficialClient(unittest.TestCase):
         self.addCleanup(self.client.close)
 
     def test_create(self):
-        r = self.client.messages.create(model="x", max_tokens=300, messages=user("Who are you?"), temperature=0)
+        r = self.client.messages.create(model="x", max_tokens=300, messages=user("Who are you?"), extra_body=GREEDY)
         self.assertIn("fable", r.content[0].text)
 
     def test_stream_tool_loop(self):
         messages = user(CALL)
-        with self.client.messages.stream(model="x", max_tokens=300, messages=messages, temperature=0,
+        with self.client.messages.stream(model="x", max_tokens=300, messages=messages, extra_body=GREEDY,
                                          tools=[WEATHER], thinking=THINK) as stream:
             r = stream.get_final_message()
         self.assertEqual(r.content[-1].input, {"place": "Paris"})
         messages += [{"role": "assistant", "content": r.content},
                      {"role": "user", "content": [{"type": "tool_result", "tool_use_id": r.content[-1].id,
                                                    "content": "rain, 7 degrees"}]}]
-        r = self.client.messages.create(model="x", max_tokens=300, messages=messages, temperature=0, tools=[WEATHER])
+        r = self.client.messages.create(model="x", max_tokens=300, messages=messages, extra_body=GREEDY, tools=[WEATHER])
         self.assertIn("7", r.content[-1].text)
 
     def test_count_and_errors(self):
