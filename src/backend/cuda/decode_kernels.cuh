@@ -502,11 +502,11 @@ __global__ void __launch_bounds__(256, 2) dec_attention_kernel(dec_attn a) {
     };
     int u = blockIdx.x, index = index_of(u);
     const __half *page = index >= 0 ? page_of(u, index) : nullptr;
-    if (index >= 0 && index < pos / 64)
+    if (index == pos / 64)
+        pdl_wait(); /* this page's last row is the kernel's before */
+    if (index >= 0)
         pg.ask_k(page), pg.ask_v(page);
     pdl_wait();
-    if (index >= 0 && index == pos / 64)
-        pg.ask_k(page), pg.ask_v(page);
 #pragma unroll 1
     for (; u < n_unit; u += gridDim.x) {
         int h = u % a.n_kv, next = index_of(u + gridDim.x), now = index;
@@ -517,8 +517,6 @@ __global__ void __launch_bounds__(256, 2) dec_attention_kernel(dec_attn a) {
             q[0] = __ldcg((const uint4 *)row), q[1] = __ldcg((const uint4 *)(row + 32));
             pg.scores(q, s);
         }
-        if (next >= 0)
-            page = page_of(u + gridDim.x, next), pg.ask_k(page);
         if (now >= 0) {
             dec_async_done();
             __syncwarp();
@@ -527,11 +525,11 @@ __global__ void __launch_bounds__(256, 2) dec_attention_kernel(dec_attn a) {
             sm[warp * 8 + lane] = -INFINITY;
         __syncwarp();
         if (next >= 0)
-            pg.ask_v(page);
+            page = page_of(u + gridDim.x, next), pg.ask_k(page), pg.ask_v(page);
         index = next;
         __syncthreads();
         dec_soft acc = {-INFINITY, 0, 0, 0};
-#pragma unroll
+#pragma unroll 2
         for (int w = 0; w < 8; w++) {
             float2 o = *(const float2 *)(so + w * 512 + g * 64 + d);
             acc.merge(sm[w * 8 + g], sl[w * 8 + g], o.x, o.y);
@@ -549,17 +547,17 @@ __global__ void __launch_bounds__(256, 2) dec_attention_kernel(dec_attn a) {
             continue;
         acc = {-INFINITY, 0, 0, 0};
         const float *in = a.part + ((int64_t)h * a.part_chunks * 8 + g) * 66;
-        for (int i0 = 0; i0 < n_chunk; i0 += 8) {
-            float2 o[8], ml[8];
+        for (int i0 = 0; i0 < n_chunk; i0 += 4) {
+            float2 o[4], ml[4];
 #pragma unroll
-            for (int i = 0; i < 8; i++)
+            for (int i = 0; i < 4; i++)
                 if (i0 + i < n_chunk) {
                     o[i] = __ldcg((const float2 *)(in + (i0 + i) * 528 + d));
                     ml[i] = __ldcg((const float2 *)(in + (i0 + i) * 528 + 64));
                 } else
                     ml[i].x = -INFINITY;
 #pragma unroll
-            for (int i = 0; i < 8; i++)
+            for (int i = 0; i < 4; i++)
                 acc.merge(ml[i].x, ml[i].y, o[i].x, o[i].y);
         }
         dec_attn_finish(a, h * 8 + g, d, acc);
