@@ -102,13 +102,18 @@ static size_t on_bytes(char *bytes, size_t size, size_t n, void *ctx) {
     return t->line.failed || t->line.len > MAX_LINE ? 0 : size * n;
 }
 
+/* What is the default everywhere is left out: some servers refuse fields that their model does not know. */
 static char *body_of(const remote *l, const talk_request *r) {
     const talk_settings *o = r->settings;
     const sampling_options *s = &o->sampling;
-    json_t *b = json_pack("{s:s, s:O, s:b, s:{s:b}, s:s}", "model", l->model, "messages", r->messages, "stream", 1,
-                          "stream_options", "include_usage", 1, "reasoning_effort", o->effort);
-    json_object_set_new(b, "temperature", json_real(s->temp));
-    json_object_set_new(b, "top_p", json_real(s->top_p));
+    json_t *b = json_pack("{s:s, s:O, s:b, s:{s:b}}", "model", l->model, "messages", r->messages, "stream", 1,
+                          "stream_options", "include_usage", 1);
+    if (strcmp(o->effort, "medium") != 0)
+        json_object_set_new(b, "reasoning_effort", json_string(o->effort));
+    if (s->temp != 1)
+        json_object_set_new(b, "temperature", json_real(s->temp));
+    if (s->top_p != 1)
+        json_object_set_new(b, "top_p", json_real(s->top_p));
     if (o->max_tokens)
         json_object_set_new(b, "max_tokens", json_integer(o->max_tokens));
     if (o->max_reasoning)

@@ -179,6 +179,27 @@ class Events(unittest.TestCase):
         self.assertEqual(r["status"], "completed")
 
 
+class Guards(unittest.TestCase):
+    def test_endless_repetition_is_cut(self):
+        word = server.json("/tokenize", {"content": " the"})[1]["tokens"][0]
+        r = ask(logit_bias={str(word): 100}, max_output_tokens=6000)
+        self.assertEqual((r["status"], r["incomplete_details"]["reason"]), ("incomplete", "max_output_tokens"))
+        self.assertLess(r["usage"]["output_tokens"], 5000)
+        self.assertIn(" loop ", server.log())
+
+    def test_budget_leads_to_a_call_where_only_a_call_is_allowed(self):
+        r = ask(input=CALL, tools=[WEATHER], tool_choice="required", max_reasoning_tokens=2)
+        self.assertEqual([o["type"] for o in r["output"]], ["reasoning", "function_call"])
+        self.assertEqual(r["usage"]["output_tokens_details"]["reasoning_tokens"], 2)
+
+    def test_server_wide_budget_yields_to_the_request(self):
+        with Orcd("--ctx", "4096", "--max-reasoning-tokens", "2") as other:
+            for more, n in (({}, 2), ({"max_reasoning_tokens": 4}, 4), ({"reasoning": {"max_tokens": 5}}, 5)):
+                r = other.json("/v1/responses", body(**more))[1]
+                self.assertEqual(r["usage"]["output_tokens_details"]["reasoning_tokens"], n)
+                self.assertIn("fable", texts(r, "message"))
+
+
 class Requests(unittest.TestCase):
     def fails(self, status, code, **more):
         got, r = server.json("/v1/responses", body(**more))
