@@ -93,8 +93,10 @@ class Clients(unittest.TestCase):
             server.wait_idle(60)
             time.sleep(0.2)
             print(f"a client that does not read was dropped {time.monotonic() - t0:.1f} s later")
-            self.assertLess(server.rss() - rss, 48 << 20)
             m = server.metrics()
+            page = 64 * 3 * 2 * 2 * 64 * 2  # fable: positions, layers of a pool, K and V, heads, values, bytes
+            kv = sum(m[f'worker_kv_pages{{pool="{pool}",state="used"}}'] for pool in ("full", "window")) * page
+            self.assertLess(server.rss() - rss - kv, 24 << 20)
             self.assertEqual(m['worker_requests_total{outcome="cancelled"}'], 16)
             slow.close()
 
