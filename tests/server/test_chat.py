@@ -51,6 +51,7 @@ class Terminal:
         return out
 
     def send(self, text):
+        time.sleep(0.05)  # libedit shows its prompt a moment before it takes over the terminal
         os.write(self.fd, text.encode())
 
     def ask(self, text):

@@ -203,7 +203,8 @@ class OfficialClient(unittest.TestCase):
         messages += [{"role": "assistant", "content": r.content},
                      {"role": "user", "content": [{"type": "tool_result", "tool_use_id": r.content[-1].id,
                                                    "content": "rain, 7 degrees"}]}]
-        r = self.client.messages.create(model="x", max_tokens=300, messages=messages, extra_body=GREEDY, tools=[WEATHER])
+        r = self.client.messages.create(model="x", max_tokens=300, messages=messages, extra_body=GREEDY,
+                                        tools=[WEATHER])
         self.assertIn("7", r.content[-1].text)
 
     def test_count_and_errors(self):
