@@ -1,6 +1,8 @@
 #include "cli/engine_options.h"
 
+#include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 samp_params sampling_of(const sampling_options *o) {
     return (samp_params){.temperature = (float)o->temp,
@@ -11,6 +13,11 @@ samp_params sampling_of(const sampling_options *o) {
                          .presence_penalty = (float)o->presence,
                          .frequency_penalty = (float)o->frequency,
                          .seed = o->seed.value};
+}
+
+static void print_note(void *ctx, const char *sentence) {
+    (void)ctx;
+    fprintf(stderr, "%sorcd: %s\n", isatty(STDERR_FILENO) ? "\r\033[K" : "", sentence); /* over the load bar */
 }
 
 eng_params engine_params(const engine_options *o, const char *path) {
@@ -24,6 +31,10 @@ eng_params engine_params(const engine_options *o, const char *path) {
                         .n_ctx = (int)o->ctx,
                         .max_batch = (int)o->batch,
                         .chunk = (int)o->chunk,
+                        .cache_dir = o->cache_dir,
+                        .cache_disk_bytes = (uint64_t)o->cache_disk_mb << 20,
+                        .note = o->note ? o->note : print_note,
+                        .note_ctx = o->note_ctx,
                         .kv_type = strcmp(o->kv_type, "f32") == 0  ? BE_KV_F32
                                    : strcmp(o->kv_type, "f8") == 0 ? BE_KV_F8
                                                                    : BE_KV_F16};

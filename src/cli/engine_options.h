@@ -9,10 +9,14 @@ typedef struct engine_options {
     const char *device, *tokenizer, *kv_type;
     int64_t threads, ctx, chunk, batch, cpu_experts, act_bits;
     bool no_repack;
+    const char *cache_dir;
+    int64_t cache_disk_mb;
+    void (*note)(void *ctx, const char *sentence); /* of the engine; NULL = a line on standard error */
+    void *note_ctx;
 } engine_options;
 
 #define ENGINE_DEFAULTS                                                                                                \
-    { .device = "auto", .kv_type = "f16" }
+    { .device = "auto", .kv_type = "f16", .cache_disk_mb = 4096 }
 
 #define ENGINE_OPTIONS(owner, member)                                                                                  \
     {"device", 0, CLI_STR, offsetof(owner, member.device), 0, 0, "auto|cpu|cuda[:N]|ref", "what computes"},            \
@@ -33,6 +37,16 @@ typedef struct engine_options {
          8,          16, "8|16",  "8: nearly twice the prompt speed, less exact (cpu; default 16)"},                   \
         {"no-repack", 0, CLI_FLAG, offsetof(owner, member.no_repack),                                                  \
          0,           0, "",       "start at once from the mapped file, with slower steps (cpu)"},                     \
+        {"cache-dir", 0, CLI_STR, offsetof(owner, member.cache_dir),                                                   \
+         0,           0, "DIR",   "keep prompts' KV memory there, across restarts (default: nowhere)"},                \
+        {"cache-disk-mb",                                                                                              \
+         0,                                                                                                            \
+         CLI_INT,                                                                                                      \
+         offsetof(owner, member.cache_disk_mb),                                                                        \
+         1,                                                                                                            \
+         1 << 30,                                                                                                      \
+         "N",                                                                                                          \
+         "MiB there at most; the longest unused goes first (default 4096)"},                                           \
     {                                                                                                                  \
         "tokenizer", 0, CLI_STR, offsetof(owner, member.tokenizer), 0, 0, "FILE",                                      \
             "tokenizer.json, when it is not beside the model"                                                          \

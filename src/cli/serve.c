@@ -65,6 +65,9 @@ static int run(const cli_command *c, int argc, char **argv) {
     server *s = NULL;
     key_list keys = {0};
     char *cert = NULL, *key = NULL;
+    event_log log = {.json = o.log_json};
+    o.engine.note = note_event;
+    o.engine.note_ctx = &log;
     server_block_signals();
     ORCD_TRY_GOTO(st, done, keys_read(o.api_key_file, &keys, &err));
     ORCD_TRY_GOTO(st, done, tls_read(o.tls_cert, o.tls_key, &cert, &key, &err));
@@ -78,7 +81,7 @@ static int run(const cli_command *c, int argc, char **argv) {
                              .key = keys.key,
                              .tls_cert = cert,
                              .tls_key = key,
-                             .log = {.json = o.log_json},
+                             .log = log,
                              .max_reasoning = o.max_reasoning,
                              .drain_s = o.drain};
     ORCD_TRY_GOTO(st, done, server_open(&p, &s, &err));

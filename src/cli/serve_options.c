@@ -48,6 +48,8 @@ orcd_status tls_read(const char *cert_path, const char *key_path, char **cert, c
     return file_slurp(key_path, PEM_BYTES, key, &len, err);
 }
 
+void note_event(void *ctx, const char *sentence) { log_event(ctx, "note", "s:s", "message", sentence); }
+
 int serve_until_end(server *s, eng *e) {
     server_end end = server_run(s);
     if (end == SERVER_AT_ONCE) {

@@ -21,4 +21,7 @@ orcd_status tls_read(const char *cert_path, const char *key_path, char **cert, c
 /* Serve until the end, close everything, exit code. A second signal does not return. */
 int serve_until_end(server *s, eng *e);
 
+/* What the engine notes, as an event; ctx: const event_log *. */
+void note_event(void *ctx, const char *sentence);
+
 #endif

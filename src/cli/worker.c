@@ -238,8 +238,10 @@ static int run(const cli_command *c, int argc, char **argv) {
     key_list keys = {0};
     callback cb = {0};
     bool loading = false;
-    const event_log log = {.json = o.log_json, .worker_id = o.worker_id};
+    event_log log = {.json = o.log_json, .worker_id = o.worker_id};
     cb.log = &log;
+    o.engine.note = note_event;
+    o.engine.note_ctx = &log;
     server_block_signals();
     log_event(&log, "startup", "s:s, s:i", "version", ORCD_VERSION, "pid", (int)getpid());
     ORCD_TRY_GOTO(st, done, keys_read(o.token_file, &keys, &err));

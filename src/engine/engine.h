@@ -28,8 +28,12 @@ typedef struct eng_params {
     int max_queue; /* waiting requests beyond them; 0 = 4 * max_batch */
     int chunk;     /* prefill rows per step; 0 = the backend's best */
     be_kv_type kv_type;
-    uint64_t kv_bytes;      /* KV memory in all; 0 = what n_ctx and max_batch ask for, within what is free */
-    uint64_t cache_bytes;   /* of it, for prefixes no one is using now; 0 = a default share; ENG_NO_CACHE = off */
+    uint64_t kv_bytes;         /* KV memory in all; 0 = what n_ctx and max_batch ask for, within what is free */
+    uint64_t cache_bytes;      /* of it, for prefixes no one is using now; 0 = a default share; ENG_NO_CACHE = off */
+    const char *cache_dir;     /* prefixes are kept there too and found again at the next start; NULL = nowhere */
+    uint64_t cache_disk_bytes; /* of files in cache_dir at most; 0 = 4 GiB */
+    void (*note)(void *ctx, const char *sentence); /* for a log, from any thread; may be NULL */
+    void *note_ctx;
     arch_progress progress; /* while loading; may be NULL */
     void *progress_ctx;
 } eng_params;

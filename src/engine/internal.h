@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "engine/disk.h"
 #include "engine/engine.h"
 #include "engine/kv.h"
 #include "engine/prefix.h"
@@ -68,6 +69,7 @@ struct eng {
     arch_model *model;
     kv_store kv;
     prefix *cache; /* NULL when off */
+    disk *disk;    /* what it keeps on disk; NULL when off */
     samp *samp;
     int max_rows; /* rows of one step: chunk, at least max_batch */
 
@@ -124,6 +126,11 @@ static inline int seq_pending(const seq *s) { return s->n_tok - s->n_fed + (s->a
 static inline bool seq_decodes(const seq *s) {
     return s->n_tok + (s->awaits != NULL) > (int32_t)s->r.n_prompt && seq_pending(s) == 1;
 }
+
+/* ---- fingerprint.c ---- */
+
+/* A hash of all that the bits of the KV memory depend on, save the tokens: model, precision, backend, processor. */
+void eng_fingerprint(const eng *e, const be_params *p, uint8_t out[DISK_HASH]);
 
 /* ---- scheduler.c ---- */
 

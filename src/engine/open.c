@@ -262,6 +262,16 @@ static orcd_status start_thread(eng *e, orcd_error *err) {
     return e->started ? ORCD_OK : orcd_fail(err, ORCD_ERR_INTERNAL, "the system gives no thread to the engine");
 }
 
+static orcd_status open_disk(eng *e, const eng_params *p, orcd_error *err) {
+    disk_params d = {.dir = p->cache_dir,
+                     .max_bytes = p->cache_disk_bytes ? p->cache_disk_bytes : DISK_DEFAULT_BYTES,
+                     .n_vocab = e->cfg.n_vocab,
+                     .note = p->note,
+                     .note_ctx = p->note_ctx};
+    eng_fingerprint(e, &p->backend, d.fingerprint);
+    return disk_open(&d, &e->kv, e->cache, &e->disk, err);
+}
+
 orcd_status eng_open(const eng_params *p, eng **out, orcd_error *err) {
     orcd_status st;
     plan pl = {0};
@@ -295,6 +305,8 @@ orcd_status eng_open(const eng_params *p, eng **out, orcd_error *err) {
     uint64_t idle = p->cache_bytes && p->cache_bytes != ENG_NO_CACHE ? p->cache_bytes : UINT64_MAX;
     if (pl.n_entry > 0 && pl.n_page[BE_POOL_FULL] > 0)
         ORCD_TRY_GOTO(st, done, prefix_open(&e->kv, idle, pl.n_entry, &e->cache, err));
+    if (e->cache && p->cache_dir)
+        ORCD_TRY_GOTO(st, done, open_disk(e, p, err));
     ORCD_TRY_GOTO(st, done, make_tables(e, max_batch, max_queue, err));
     fill_info(e, &pl, max_batch);
     e->info.load_s = eng_now() - t0;
@@ -318,6 +330,7 @@ void eng_close(eng *e) {
         pthread_mutex_destroy(&e->lock);
         pthread_cond_destroy(&e->wake);
     }
+    disk_close(e->disk);
     prefix_close(e->cache);
     kv_store_close(&e->kv);
     samp_close(e->samp);

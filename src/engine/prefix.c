@@ -25,6 +25,7 @@ typedef struct entry {
     int32_t window_first, n_window; /* window pages from this index on */
     int32_t older, newer;           /* by last use; `newer` also links free ones */
     int32_t prev, next;             /* entries of the same node */
+    bool kept;                      /* on disk as it was last used */
 } entry;
 
 struct prefix {
@@ -182,6 +183,7 @@ static void link_newest(prefix *c, int32_t i) {
 }
 
 static void touch(prefix *c, int32_t i) {
+    c->entry[i].kept = false;
     unlink_use(c, i);
     link_newest(c, i);
 }
@@ -409,4 +411,70 @@ void prefix_save(prefix *c, int slot, const int32_t *id, int32_t n_pos, uint64_t
     n->entry = i;
     link_newest(c, i);
     prefix_trim(c);
+}
+
+/* ---- for the disk ---- */
+
+bool prefix_unkept(const prefix *c, int32_t least, prefix_point *out) {
+    int32_t i = c->oldest;
+    while (i != NONE && (c->entry[i].kept || c->entry[i].n_pos < least))
+        i = c->entry[i].newer;
+    if (i == NONE)
+        return false;
+    const entry *e = &c->entry[i];
+    *out = (prefix_point){.entry = i,
+                          .n_pos = e->n_pos,
+                          .tail_page = e->tail_page,
+                          .n_window = e->n_window,
+                          .window = c->window + (int64_t)i * c->max_window,
+                          .salt = e->salt};
+    return true;
+}
+
+void prefix_keep(prefix *c, int32_t i) { c->entry[i].kept = true; }
+
+void prefix_read(const prefix *c, int32_t i, int32_t *id, int32_t *page) {
+    const entry *e = &c->entry[i];
+    int32_t depth = e->n_pos / BE_PAGE;
+    memcpy(id + depth * BE_PAGE, e->tail, (size_t)e->n_tail * sizeof *id);
+    for (int32_t n = e->node; depth-- > 0; n = c->node[n].parent) {
+        memcpy(id + depth * BE_PAGE, c->node[n].token, sizeof c->node[n].token);
+        page[depth] = c->node[n].page;
+    }
+}
+
+bool prefix_has_room(const prefix *c, const int n_page[BE_N_POOLS]) {
+    uint64_t bytes = idle_bytes(c);
+    for (int pool = 0; pool < BE_N_POOLS; pool++) {
+        bytes += (uint64_t)n_page[pool] * c->kv->pool[pool].page_bytes;
+        if (c->kv->pool[pool].n_free < n_page[pool])
+            return false;
+    }
+    return c->free_entry != NONE && bytes <= c->max_idle;
+}
+
+int32_t prefix_map(prefix *c, int slot, const int32_t *id, int32_t n_pos, uint64_t salt, prefix_cursor *cur) {
+    *cur = (prefix_cursor){0};
+    while ((cur->depth + 1) * BE_PAGE <= n_pos) {
+        int32_t i = find_child(c, cur->node, id + cur->depth * BE_PAGE, salt);
+        if (i == NONE)
+            break;
+        kv_share(c->kv, BE_POOL_FULL, slot, cur->depth, c->node[i].page);
+        *cur = (prefix_cursor){i, cur->depth + 1};
+    }
+    hold_node(c, cur->node);
+    return cur->depth;
+}
+
+void prefix_restored(prefix *c) {
+    int32_t i = c->oldest;
+    c->oldest = c->newest;
+    c->newest = i;
+    while (i != NONE) {
+        entry *e = &c->entry[i];
+        i = e->newer;
+        e->newer = e->older;
+        e->older = i;
+        e->kept = true;
+    }
 }

@@ -51,4 +51,25 @@ void prefix_leave(prefix *c, prefix_cursor *cur);
 /* Forget the oldest entries until what no one uses is within max_idle; after a slot was released. */
 void prefix_trim(prefix *c);
 
+/* ---- for engine/disk.h ---- */
+
+typedef struct prefix_point { /* one entry; good until the cache changes */
+    int32_t entry, n_pos, tail_page, n_window;
+    const int32_t *window; /* [n_window]: pages that cover the positions from kv_window_first on */
+    uint64_t salt;
+} prefix_point;
+
+/* Of the entries with at least `least` positions that were made or used since prefix_keep: the one used longest ago.
+ * False when there is none. */
+bool prefix_unkept(const prefix *c, int32_t least, prefix_point *out);
+void prefix_keep(prefix *c, int32_t entry);
+/* Its tokens and full pages. */
+void prefix_read(const prefix *c, int32_t entry, int32_t *id /* [n_pos] */, int32_t *page /* [n_pos / BE_PAGE] */);
+/* True when one more entry with so many new pages displaces nothing. */
+bool prefix_has_room(const prefix *c, const int n_page[BE_N_POOLS]);
+/* Map what the tree has of the full pages of id[0..n_pos) into the empty slot; how many pages that were. */
+int32_t prefix_map(prefix *c, int slot, const int32_t *id, int32_t n_pos, uint64_t salt, prefix_cursor *cur);
+/* All entries were saved newest first, from what is kept already: put them in their order of use. */
+void prefix_restored(prefix *c);
+
 #endif

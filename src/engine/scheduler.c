@@ -13,6 +13,8 @@
 #include "engine/internal.h"
 
 #define IDLE_BEAT_S 0.25   /* an idle thread still shows that it lives */
+#define IDLE_SAVE_S 0.03   /* what it writes to disk at a time, so that a request waits little */
+#define CLOSE_SAVE_S 5.0   /* what is not on disk by then is computed anew after the next start */
 #define QUEUE_LOOK_S 0.02  /* how often the queue is searched for deadlines */
 #define STEP_TARGET_S 0.08 /* of a step that only prefills, so that a cancel is noticed within 100 ms */
 #define STEP_LONGEST_S 1.0 /* beyond this even the smallest good slice is cut */
@@ -442,14 +444,19 @@ static void step(eng *e) {
 
 /* Sleep while there is nothing to do. */
 static void wait_for_work(eng *e, bool *closing, bool *poked) {
+    bool saving = false;
     pthread_mutex_lock(&e->lock);
     while (e->n_running == 0 && !e->poked && !e->closing && !(e->n_queue && e->may_admit)) {
         struct timespec until;
         clock_gettime(CLOCK_MONOTONIC, &until);
-        until.tv_nsec += (long)(IDLE_BEAT_S * 1e9);
+        until.tv_nsec += saving ? 0 : (long)(IDLE_BEAT_S * 1e9);
         until.tv_sec += until.tv_nsec / 1000000000;
         until.tv_nsec %= 1000000000;
-        pthread_cond_timedwait(&e->wake, &e->lock, &until);
+        if (pthread_cond_timedwait(&e->wake, &e->lock, &until) == ETIMEDOUT && e->disk) {
+            pthread_mutex_unlock(&e->lock);
+            saving = disk_save(e->disk, eng_now() + IDLE_SAVE_S);
+            pthread_mutex_lock(&e->lock);
+        }
         beat(e, eng_now());
         e->may_admit |= e->n_queue > 0; /* alone, the head of the queue always fits */
     }
@@ -478,5 +485,7 @@ void *eng_loop(void *engine) {
         eng_count(&e->n.step_ns, (uint64_t)((eng_now() - now) * 1e9));
         eng_count(&e->n.forward_ns, (uint64_t)(e->in_model * 1e9));
     }
+    if (e->disk && !atomic_load_explicit(&e->n.failed, memory_order_relaxed))
+        disk_save(e->disk, eng_now() + CLOSE_SAVE_S);
     return NULL;
 }
