@@ -72,6 +72,11 @@ orcd_status cli_read_text(const char *path, char **text, size_t *len, orcd_error
 /* A file of little-endian int32 token ids, at least one; the caller frees *out with ids_free. */
 orcd_status cli_read_ids(const char *path, ids *out, orcd_error *err) ORCD_MUST_USE;
 
+/* A text as token ids of a model's tokenizer (`tokenizer`: its tokenizer.json, or NULL), specials as plain text; the
+ * caller frees *out. *n_ctx: positions that the model has. */
+orcd_status cli_encode(const char *model, const char *tokenizer, const char *text, size_t len, ids *out, int *n_ctx,
+                       orcd_error *err) ORCD_MUST_USE;
+
 /* ---- terminal ---- */
 
 bool term_is_tty(int fd);

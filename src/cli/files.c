@@ -6,7 +6,9 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "arch/arch.h"
 #include "base/file.h"
+#include "text/tokenizer.h"
 
 orcd_status cli_model_path(const char *given, char *path, size_t cap, orcd_error *err) {
     static const char *const place[] = {"models", "../models", "../share/orcd"};
@@ -66,4 +68,25 @@ orcd_status cli_read_ids(const char *path, ids *out, orcd_error *err) {
                                 (uint32_t)f.data[i + 3] << 24));
     file_close(&f);
     return out->failed ? orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the ids of %s", path) : ORCD_OK;
+}
+
+orcd_status cli_encode(const char *model, const char *tokenizer, const char *text, size_t len, ids *out, int *n_ctx,
+                       orcd_error *err) {
+    mf_file *f = NULL;
+    tok *t = NULL;
+    const arch *a;
+    arch_config c;
+    orcd_status st;
+    ORCD_TRY_GOTO(st, done, mf_open(model, &f, err));
+    ORCD_TRY_GOTO(st, done, arch_identify(f, &a, err));
+    ORCD_TRY_GOTO(st, done, arch_config_read(a, f, &c, err));
+    ORCD_TRY_GOTO(st, done, tok_open_for(f, tokenizer, &t, err));
+    *n_ctx = c.n_ctx;
+    st = tok_encode(t, text, len, false, out);
+    if (st != ORCD_OK)
+        orcd_fail(err, st, "the text of %zu bytes cannot be tokenised: %s", len, orcd_status_name(st));
+done:
+    tok_close(t);
+    mf_close(f);
+    return st;
 }
