@@ -41,8 +41,9 @@ typedef struct bench {
     be_kv *kv;
     int n_prompt, n_depth, n_streams, prompt[MAX_LIST], depth[MAX_LIST], streams[MAX_LIST];
     int max_tok, max_streams, n_ctx;
-    int32_t *token, *pos, *slot, *out_row; /* [max_tok] */
-    float *row;                            /* [n_vocab] */
+    int32_t *token, *pos, *slot, *out_row, *id; /* [max_tok] */
+    be_sample *greedy;                          /* [max_tok], all zero */
+    float *row;                                 /* [n_vocab] */
     double load_s;
 } bench;
 
@@ -119,8 +120,10 @@ static orcd_status open_model(bench *b, const char *path, orcd_error *err) {
     b->pos = calloc(n, sizeof *b->pos);
     b->slot = calloc(n, sizeof *b->slot);
     b->out_row = calloc(n, sizeof *b->out_row);
+    b->id = calloc(n, sizeof *b->id);
+    b->greedy = calloc(n, sizeof *b->greedy);
     b->row = calloc((size_t)b->cfg.n_vocab, sizeof *b->row);
-    if (!b->token || !b->pos || !b->slot || !b->out_row || !b->row)
+    if (!b->token || !b->pos || !b->slot || !b->out_row || !b->id || !b->greedy || !b->row)
         st = orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
 done:
     if (!o->no_repack || st != ORCD_OK) /* else the weights are read from it; it goes with the process */
@@ -128,11 +131,14 @@ done:
     return st;
 }
 
-/* A step of `n` rows of one sequence, or of one row of each of `n` sequences, with logits of the last (of each). */
-static orcd_status step(bench *b, int n, int pos0, bool one_sequence, uint32_t *seed, orcd_error *err) {
+/* A step of `n` rows of one sequence, or of one row of each of `n` sequences, with logits of the last (of each). Random
+ * tokens, or without a seed what the device sampled last; with `sample` it samples again and nothing waits. */
+static orcd_status submit(bench *b, int n, int pos0, bool one_sequence, uint32_t *seed, bool sample, be_act **logits,
+                          orcd_error *err) {
     for (int i = 0; i < n; i++) {
-        *seed = *seed * 1664525u + 1013904223u;
-        b->token[i] = (int32_t)((*seed >> 8) % (uint32_t)b->cfg.n_vocab);
+        if (seed)
+            *seed = *seed * 1664525u + 1013904223u;
+        b->token[i] = seed ? (int32_t)((*seed >> 8) % (uint32_t)b->cfg.n_vocab) : BE_TOKEN_OF(i);
         b->pos[i] = one_sequence ? pos0 + i : pos0;
         b->slot[i] = one_sequence ? 0 : i;
         b->out_row[i] = one_sequence ? n - 1 : i;
@@ -140,8 +146,15 @@ static orcd_status step(bench *b, int n, int pos0, bool one_sequence, uint32_t *
     be_batch batch = {n, b->token, b->pos, b->slot, one_sequence ? 1 : n, b->out_row};
     be_step *s;
     ORCD_TRY(b->dev->ops->step_begin(b->dev, b->kv, &batch, &s, err));
-    be_act *logits = arch_forward(b->model, s);
-    ORCD_TRY(b->dev->ops->step_end(s, err));
+    *logits = arch_forward(b->model, s);
+    if (sample)
+        b->dev->ops->sample(s, *logits, b->greedy);
+    return b->dev->ops->step_end(s, err);
+}
+
+static orcd_status step(bench *b, int n, int pos0, bool one_sequence, uint32_t *seed, orcd_error *err) {
+    be_act *logits;
+    ORCD_TRY(submit(b, n, pos0, one_sequence, seed, false, &logits, err));
     return b->dev->ops->act_read(b->dev, logits, 0, 1, b->row, err); /* waits */
 }
 
@@ -168,15 +181,33 @@ static orcd_status prefill(bench *b, int n, result *out, orcd_error *err) {
     return ORCD_OK;
 }
 
+/* As the engine decodes on a device that samples: the next step is submitted before the last one's tokens are read. */
+static orcd_status decode_ahead(bench *b, int depth, int streams, uint32_t *seed, orcd_error *err) {
+    be_act *logits;
+    for (int i = 0; i < b->o->gen; i++) {
+        ORCD_TRY(submit(b, streams, depth + i, false, i ? NULL : seed, true, &logits, err));
+        if (i)
+            ORCD_TRY(b->dev->ops->sampled(b->dev, b->id, err));
+    }
+    return b->dev->ops->sampled(b->dev, b->id, err);
+}
+
+static orcd_status decode_waiting(bench *b, int depth, int streams, uint32_t *seed, orcd_error *err) {
+    for (int i = 0; i < b->o->gen; i++)
+        ORCD_TRY(step(b, streams, depth + i, false, seed, err));
+    return ORCD_OK;
+}
+
 /* What lies in the cache before `depth` does not matter for the time. */
 static orcd_status decode(bench *b, int depth, int streams, result *out, orcd_error *err) {
     double seconds[100];
     uint32_t seed = 1;
+    orcd_status (*run)(bench *, int, int, uint32_t *, orcd_error *) =
+        b->dev->ops->sample ? decode_ahead : decode_waiting;
     ORCD_TRY(step(b, streams, depth, false, &seed, err));
     for (int r = 0; r < b->o->reps; r++) {
         double t0 = now_s();
-        for (int i = 0; i < b->o->gen; i++)
-            ORCD_TRY(step(b, streams, depth + i, false, &seed, err));
+        ORCD_TRY(run(b, depth, streams, &seed, err));
         seconds[r] = now_s() - t0;
     }
     *out = summarise(seconds, (int)b->o->reps, (double)b->o->gen * streams);
@@ -237,6 +268,8 @@ static void close_bench(bench *b) {
     free(b->pos);
     free(b->slot);
     free(b->out_row);
+    free(b->id);
+    free(b->greedy);
     free(b->row);
 }
 
