@@ -26,16 +26,16 @@ class Orcd:
     """`orcd serve` or `orcd worker`, ready when the constructor returns. One thread computes: on a busy machine two
     wait for each other, and what is tested here is the server."""
 
-    def __init__(self, *args, kind="serve", key=None, model=MODEL, wait=True):
+    def __init__(self, *args, kind="serve", key=None, model=MODEL, wait=True, threads=1):
         self.key = key
         self.dir = tempfile.mkdtemp(prefix="orcd-test-")
         self.log_path = os.path.join(self.dir, "log")
         self.port = free_port()
         if kind == "serve":
-            command = [ORCD, "serve", model, "--port", str(self.port), "--threads", "1", *args]
+            command = [ORCD, "serve", model, "--port", str(self.port), "--threads", str(threads), *args]
         else:
             command = [ORCD, "worker", "--worker-id", WORKER_ID, "--model", model, "--gpu-device", "cpu",
-                       "--port", str(self.port), "--threads", "1", *args]
+                       "--port", str(self.port), "--threads", str(threads), *args]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=open(self.log_path, "w"), cwd=ROOT)
         self.pid = self.process.pid
         if wait:
@@ -74,7 +74,8 @@ class Orcd:
                 raise
         if self.process.stdout:
             self.process.stdout.close()
-        return self.process.returncode
+        if self.process.returncode not in (0, -signal.SIGKILL):  # a sanitizer has something to say
+            raise AssertionError(f"orcd ended with {self.process.returncode}: {self.log()[-4000:]}")
 
     # ---- HTTP ----
 
