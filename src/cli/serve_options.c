@@ -52,11 +52,12 @@ void note_event(void *ctx, const char *sentence) { log_event(ctx, "note", "s:s",
 
 int serve_until_end(server *s, eng *e) {
     server_end end = server_run(s);
-    if (end == SERVER_AT_ONCE) {
+    int code = end == SERVER_DEVICE ? EXIT_DEVICE : end == SERVER_AT_ONCE ? EXIT_FAILED : EXIT_OK;
+    if (end == SERVER_AT_ONCE || !server_is_idle(s)) { /* an engine that hangs cannot be closed */
         fflush(NULL);
-        _exit(EXIT_FAILED);
+        _exit(code);
     }
-    eng_close(e);
     server_close(s);
-    return end == SERVER_DEVICE ? EXIT_DEVICE : EXIT_OK;
+    eng_close(e);
+    return code;
 }

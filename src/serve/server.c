@@ -182,6 +182,8 @@ static server_end leave(server_end end) {
     return end;
 }
 
+bool server_is_idle(server *s) { return n_live(s) == 0; }
+
 server_end server_run(server *s) {
     sigset_t set;
     double cut_at = INFINITY, leave_at = INFINITY;
@@ -201,6 +203,7 @@ server_end server_run(server *s) {
         if (stats.failed) {
             log_event(&s->p.log, "error", "s:s, s:s", "code", "CUDA_ERROR", "message",
                       "the device has failed; this process ends");
+            atomic_store(&s->draining, true);
             for (double until = now() + DEVICE_S; n_live(s) && now() < until;)
                 nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
             return leave(SERVER_DEVICE);

@@ -45,7 +45,9 @@ typedef enum server_end {
 } server_end;
 /* Serve until a signal or /shutdown. */
 server_end server_run(server *s);
-/* Accepts NULL. Close the engine first, so that every job has ended. */
+/* No request is being worked on; after server_run none will come. */
+bool server_is_idle(server *s);
+/* Accepts NULL. Only an idle server can be closed, and before its engine: /health and /metrics look at it. */
 void server_close(server *s);
 
 #endif
