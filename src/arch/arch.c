@@ -107,8 +107,6 @@ void arch_kv_spec(const arch_config *c, be_kv_spec *spec) {
 
 const arch_config *arch_config_of(const arch_model *m) { return &m->cfg; }
 
-uint64_t arch_device_bytes(const arch_model *m) { return m->device_bytes; }
-
 be_act *arch_forward(arch_model *m, be_step *s) { return m->arch->forward(m, s); }
 
 void arch_set_tap(arch_model *m, be_tap_fn fn, void *ctx) {

@@ -23,6 +23,7 @@ typedef struct arch_config {
     bool rope_truncate;
     float glu_alpha, glu_limit;
     bool gelu_tanh;
+    int n_host_layers; /* a choice, not the model's: layers, from the last, whose experts stay in host memory */
 } arch_config;
 
 typedef struct arch arch;
@@ -44,9 +45,15 @@ orcd_status arch_config_read(const arch *a, const mf_file *f, arch_config *out, 
 orcd_status arch_measure(const arch *a, const mf_file *f, const arch_config *c, arch_size *out,
                          orcd_error *err) ORCD_MUST_USE;
 
-/* Memory that arch_load would take on this device, before anything is allocated. */
-orcd_status arch_plan(const arch *a, const mf_file *f, const arch_config *c, be_device *dev, int max_tok, int max_out,
-                      uint64_t *weight_bytes, uint64_t *act_bytes, orcd_error *err) ORCD_MUST_USE;
+typedef struct arch_memory {
+    uint64_t weights, acts /* and what steps need beside them */, kv; /* on the device */
+    uint64_t host;                                                    /* experts that stay in host memory */
+} arch_memory;
+
+/* Memory that arch_load and kv_open would take on a device of this kind, which may be a dry one, before anything is
+ * allocated. s: as for kv_open. Exact where the backend has `used`. */
+orcd_status arch_plan(const arch *a, const mf_file *f, const arch_config *c, be_device *dev, const be_kv_spec *s,
+                      arch_memory *out, orcd_error *err) ORCD_MUST_USE;
 /* Activations of steps of at most max_tok rows and max_out outputs, as floats: an upper bound. */
 uint64_t arch_act_bytes(const arch_config *c, int max_tok, int max_out);
 /* Fill the model's part of a KV spec: layers, heads, windows. spec->window points into the configuration. */
@@ -80,7 +87,6 @@ orcd_status arch_load(const arch *a, const mf_file *f, const arch_config *c, be_
 void arch_unload(arch_model *m);
 
 const arch_config *arch_config_of(const arch_model *m);
-uint64_t arch_device_bytes(const arch_model *m); /* weights and activations on the device */
 /* Record the whole model; the logits of the batch's output rows, [n_out, n_vocab] F32, are in the returned
  * activation after step_end. */
 be_act *arch_forward(arch_model *m, be_step *s);

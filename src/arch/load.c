@@ -142,8 +142,9 @@ static void drop_bias_copies(walk *w) {
 }
 
 static orcd_status bind(walk *w, const arch_slot *s, be_load *l, orcd_error *err) {
-    *l = (be_load){.use = s->use};
-    uint64_t mats = s->use == BE_USE_GATE_UP || (s->use == BE_USE_DOWN) ? (uint64_t)w->c->n_expert : 1;
+    bool experts = s->use == BE_USE_GATE_UP || s->use == BE_USE_DOWN;
+    *l = (be_load){.use = s->use, .host = experts && w->layer >= w->c->n_layer - w->c->n_host_layers};
+    uint64_t mats = experts ? (uint64_t)w->c->n_expert : 1;
     for (int i = 0; i < 3 && s->part[i].gguf; i++) {
         ORCD_TRY(find_part(w, &s->part[i], mats, &l->part[i], err));
         ORCD_TRY(find_bias(w, &s->part[i], i, mats, l, err));
@@ -269,18 +270,6 @@ orcd_status arch_measure(const arch *a, const mf_file *f, const arch_config *c, 
     return visit_all(a, f, c, measure_one, out, err);
 }
 
-typedef struct planning {
-    be_device *dev;
-    uint64_t bytes;
-} planning;
-
-static orcd_status plan_one(void *ctx, walk *w, const arch_slot *s, const be_load *l, orcd_error *err) {
-    planning *p = ctx;
-    (void)w, (void)s, (void)err;
-    p->bytes += p->dev->ops->load_bytes(p->dev, l);
-    return ORCD_OK;
-}
-
 /* The activations of a model, and how each is shaped: the one place that says so. */
 typedef struct act_spec {
     size_t field;
@@ -315,15 +304,6 @@ uint64_t arch_act_bytes(const arch_config *c, int max_tok, int max_out) {
     return sum;
 }
 
-orcd_status arch_plan(const arch *a, const mf_file *f, const arch_config *c, be_device *dev, int max_tok, int max_out,
-                      uint64_t *weight_bytes, uint64_t *activation_bytes, orcd_error *err) {
-    planning p = {dev, 0};
-    ORCD_TRY(visit_all(a, f, c, plan_one, &p, err));
-    *weight_bytes = p.bytes;
-    *activation_bytes = arch_act_bytes(c, max_tok, max_out);
-    return ORCD_OK;
-}
-
 typedef struct loading {
     arch_model *m;
     uint64_t done, total;
@@ -337,7 +317,7 @@ static orcd_status load_one(void *ctx, walk *w, const arch_slot *s, const be_loa
     char *owner = w->layer < 0 ? (char *)&m->g : (char *)&m->layer[w->layer];
     be_weight **weight = (be_weight **)(void *)(owner + s->field);
     ORCD_TRY(m->dev->ops->load(m->dev, l, weight, err));
-    m->device_bytes += (*weight)->bytes;
+    m->weight_bytes += (*weight)->bytes;
     ld->done += stored_bytes(l);
     if (ld->progress)
         ld->progress(ld->ctx, ld->done, ld->total);
@@ -353,7 +333,6 @@ static orcd_status make_acts(arch_model *m, int max_tok, int max_out, orcd_error
             ORCD_TRY(m->dev->ops->act_new(m->dev, spec[i].form, spec[i].per_output ? max_out : max_tok, spec[i].width,
                                           act, err));
         }
-    m->device_bytes += arch_act_bytes(&m->cfg, max_tok, max_out);
     return ORCD_OK;
 }
 
@@ -421,4 +400,61 @@ void arch_unload(arch_model *m) {
     free(m->attn);
     free(m->inv_freq);
     free(m);
+}
+
+/* ---- the plan ---- */
+
+typedef struct planning {
+    be_device *dev;
+    arch_memory *sum;
+} planning;
+
+static orcd_status plan_one(void *ctx, walk *w, const arch_slot *s, const be_load *l, orcd_error *err) {
+    planning *p = ctx;
+    (void)w, (void)s, (void)err;
+    if (l->host)
+        p->sum->host += stored_bytes(l);
+    else
+        p->sum->weights += p->dev->ops->load_bytes(p->dev, l);
+    return ORCD_OK;
+}
+
+static uint64_t kv_bytes(be_device *dev, const be_kv_spec *s) {
+    uint64_t sum = 0;
+    for (int pool = 0; pool < BE_N_POOLS; pool++)
+        sum += (uint64_t)s->n_page[pool] * dev->ops->kv_page_bytes(dev, s, pool);
+    return sum;
+}
+
+/* Do it all on a device that makes nothing and counts. */
+static orcd_status dry_run(const arch *a, const mf_file *f, const arch_config *c, const be_ops *ops,
+                           const be_kv_spec *s, arch_memory *out, orcd_error *err) {
+    orcd_status st;
+    be_device *dry = NULL;
+    arch_model *m = NULL;
+    be_kv *kv = NULL;
+    ORCD_TRY_GOTO(st, done, ops->open(&(be_params){.dry = true}, &dry, err));
+    ORCD_TRY_GOTO(st, done, arch_load(a, f, c, dry, s->max_tok, s->max_out, NULL, NULL, &m, err));
+    ORCD_TRY_GOTO(st, done, ops->kv_open(dry, s, &kv, err));
+    out->weights = m->weight_bytes;
+    out->kv = kv_bytes(dry, s);
+    out->acts = ops->used(dry) - out->weights - out->kv;
+done:
+    if (kv)
+        ops->kv_close(dry, kv);
+    arch_unload(m);
+    if (dry)
+        ops->close(dry);
+    return st;
+}
+
+orcd_status arch_plan(const arch *a, const mf_file *f, const arch_config *c, be_device *dev, const be_kv_spec *s,
+                      arch_memory *out, orcd_error *err) {
+    *out = (arch_memory){0};
+    ORCD_TRY(visit_all(a, f, c, plan_one, &(planning){dev, out}, err));
+    if (dev->ops->used)
+        return dry_run(a, f, c, dev->ops, s, out, err);
+    out->acts = arch_act_bytes(c, s->max_tok, s->max_out);
+    out->kv = kv_bytes(dev, s);
+    return ORCD_OK;
 }

@@ -71,7 +71,7 @@ struct arch_model {
     be_attn *attn;     /* [n_layer] */
     float *inv_freq;   /* [head_dim / 2] */
     arch_acts act;
-    uint64_t device_bytes;
+    uint64_t weight_bytes; /* on the device */
     be_tap_fn tap;
     void *tap_ctx;
 };

@@ -30,6 +30,8 @@ typedef struct be_params {
     int act_bits;    /* cpu: 8 lets products with integer weights round activations to 8 bits: prefill nearly twice as
                         fast, 0.5 % of noise in each product. Else 16 */
     int cpu_experts; /* cuda: layers whose experts stay in host memory; -1 = as many as needed */
+    bool dry;        /* nothing is allocated and no hardware is needed, where the backend has `used`: what is made can
+                        only be freed, and `used` tells what it would take */
 } be_params;
 
 /* ---- weights ---- */
@@ -48,6 +50,7 @@ typedef struct be_load {
     mf_tensor part[3]; /* equal n_col and n_mat */
     bool has_bias[3];
     mf_tensor bias[3]; /* bias[i]: part[i].n_mat * part[i].n_row values */
+    bool host;         /* experts: stay in host memory, where the device has a way to compute there (cuda) */
 } be_load;
 
 typedef struct be_weight { /* first member of each backend's own struct */
@@ -216,6 +219,13 @@ struct be_ops {
      * the next step can be submitted first. */
     void (*sample)(be_step *s, const be_act *logits, const be_sample *row /* [n_out] */);
     orcd_status (*sampled)(be_device *d, int32_t *id /* [n_out of that step] */, orcd_error *err);
+
+    /* optional: bytes on the device of all that was made on it and not freed: weights, activations, caches, and what
+     * steps need beside them, which kv_open makes. NULL: load_bytes, kv_page_bytes and floats of activations are all.
+     */
+    uint64_t (*used)(be_device *d);
+    /* optional: all of that still lies in the device's own memory */
+    orcd_status (*resident)(be_device *d, orcd_error *err);
 };
 
 /* The backends of this build: list.def. NULL when the name is none of them. */

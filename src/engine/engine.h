@@ -48,6 +48,7 @@ typedef struct eng_info {
     int n_ctx, n_ctx_train, max_batch, n_vocab, chunk;
     bool has_harmony;                           /* the tokenizer knows the harmony control tokens */
     uint64_t weight_bytes, kv_bytes, act_bytes; /* on the device */
+    uint64_t host_bytes;                        /* experts in host memory beside it */
     double load_s;
 } eng_info;
 

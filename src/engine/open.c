@@ -75,7 +75,9 @@ static orcd_status open_tokenizer(eng *e, const eng_params *p, orcd_error *err) 
 
 typedef struct plan {
     int n_ctx, chunk, max_rows, least_full, n_page[BE_N_POOLS], n_entry;
-    uint64_t weights, acts, kv, available;
+    arch_memory m;
+    uint64_t total, available; /* of the device */
+    uint64_t margin;           /* of it, for what the plan does not know */
     uint64_t page_bytes[BE_N_POOLS];
 } plan;
 
@@ -110,14 +112,15 @@ static orcd_status too_large(const eng *e, const plan *p, uint64_t kv, orcd_erro
     return orcd_fail(err, ORCD_ERR_NOMEM,
                      "%s needs %.3f GiB (weights %.3f, activations %.3f, KV for %d positions %.3f) but %s has %.3f GiB "
                      "available: ask for a smaller context, or free memory",
-                     e->name, (double)(p->weights + p->acts + kv) / GIB, (double)p->weights / GIB,
-                     (double)p->acts / GIB, p->n_ctx, (double)kv / GIB, e->dev->ops->name, (double)p->available / GIB);
+                     e->name, (double)(p->m.weights + p->m.acts + kv) / GIB, (double)p->m.weights / GIB,
+                     (double)p->m.acts / GIB, p->n_ctx, (double)kv / GIB, e->dev->ops->name,
+                     (double)p->available / GIB);
 }
 
 /* How many positions, pages and cache entries there will be. What is asked for must fit; what is left open takes what
  * is there. */
 static orcd_status plan_kv(const eng *e, const eng_params *prm, be_kv_spec *spec, plan *p, orcd_error *err) {
-    uint64_t fixed = p->weights + p->acts + p->available / 32; /* a margin for everything else */
+    uint64_t fixed = p->m.weights + p->m.acts + p->margin;
     uint64_t left = p->available > fixed ? p->available - fixed : 0;
     uint64_t room = prm->kv_bytes && prm->kv_bytes < left ? prm->kv_bytes : left;
     int n_ctx = prm->n_ctx ? prm->n_ctx : e->cfg.n_ctx;
@@ -149,17 +152,57 @@ static orcd_status plan_kv(const eng *e, const eng_params *prm, be_kv_spec *spec
         uint64_t n = (room - window) / p->page_bytes[BE_POOL_FULL];
         p->n_page[BE_POOL_FULL] = n > (uint64_t)p->least_full ? (int)n : p->least_full;
     }
-    p->kv = pages_bytes(p, p->n_page);
     return ORCD_OK;
 }
 
 /* ---- the device ---- */
 
+#define AUTO_CTX 8192 /* experts leave the device so that at least this context fits */
+
+/* What the model takes with n layers' experts in host memory and no KV pages yet. */
+static orcd_status plan_with(eng *e, int n_host_layers, const be_kv_spec *spec, plan *p, orcd_error *err) {
+    be_kv_spec s = *spec;
+    e->cfg.n_host_layers = n_host_layers;
+    memset(s.n_page, 0, sizeof s.n_page);
+    return arch_plan(e->arch, e->file, &e->cfg, e->dev, &s, &p->m, err);
+}
+
+/* As few layers with experts in host memory as needed; all when even that does not fit: plan_kv says so then. */
+static orcd_status place_experts(eng *e, const eng_params *prm, be_kv_spec *spec, plan *p, orcd_error *err) {
+    int lo = prm->backend.cpu_experts, hi = e->cfg.n_layer;
+    if (!e->dev->ops->used || e->cfg.n_expert == 0)
+        return plan_with(e, 0, spec, p, err);
+    if (lo >= 0)
+        return plan_with(e, lo < hi ? lo : hi, spec, p, err);
+    int n_ctx = prm->n_ctx ? prm->n_ctx : e->cfg.n_ctx < AUTO_CTX ? e->cfg.n_ctx : AUTO_CTX;
+    for (lo = 0; lo < hi;) {
+        int n = (lo + hi) / 2;
+        ORCD_TRY(plan_with(e, n, spec, p, err));
+        if (p->m.weights + p->m.acts + p->margin + least_kv(p, spec, n_ctx) <= p->available)
+            hi = n;
+        else
+            lo = n + 1;
+    }
+    return plan_with(e, lo, spec, p, err);
+}
+
+static void tell_plan(const eng *e, const eng_params *prm, const plan *p) {
+    char text[256];
+    uint64_t sum = p->m.weights + p->m.kv + p->m.acts;
+    int n = snprintf(text, sizeof text, "plan: weights %.2f GiB, KV %.2f GiB for %d positions, activations %.2f GiB",
+                     (double)p->m.weights / GIB, (double)p->m.kv / GIB, p->n_ctx, (double)p->m.acts / GIB);
+    if (p->m.host)
+        n += snprintf(text + n, sizeof text - (size_t)n, ", experts of %d layers in host memory %.2f GiB",
+                      e->cfg.n_host_layers, (double)p->m.host / GIB);
+    snprintf(text + n, sizeof text - (size_t)n, "; %.2f GiB of %.2f GiB stay free", (double)(p->available - sum) / GIB,
+             (double)p->total / GIB);
+    prm->note(prm->note_ctx, text);
+}
+
 /* Open one backend and plan for it; on failure the device is closed again. */
 static orcd_status try_device(eng *e, const eng_params *prm, const char *name, int ordinal, be_kv_spec *spec, plan *p,
                               orcd_error *err) {
     orcd_status st;
-    uint64_t total;
     const be_ops *ops = be_find(name);
     be_params bp = prm->backend;
     if (!ops)
@@ -172,10 +215,16 @@ static orcd_status try_device(eng *e, const eng_params *prm, const char *name, i
     spec->max_tok = p->max_rows;
     for (int pool = 0; pool < BE_N_POOLS; pool++)
         p->page_bytes[pool] = ops->kv_page_bytes(e->dev, spec, pool);
-    ops->memory(e->dev, &total, &p->available);
-    ORCD_TRY_GOTO(st, done,
-                  arch_plan(e->arch, e->file, &e->cfg, e->dev, p->max_rows, spec->n_slot, &p->weights, &p->acts, err));
-    st = plan_kv(e, prm, spec, p, err);
+    ops->memory(e->dev, &p->total, &p->available);
+    p->margin = ops->used ? 0 : p->available / 32;
+    spec->n_ctx = prm->n_ctx ? prm->n_ctx : e->cfg.n_ctx;
+    ORCD_TRY_GOTO(st, done, place_experts(e, prm, spec, p, err));
+    ORCD_TRY_GOTO(st, done, plan_kv(e, prm, spec, p, err));
+    spec->n_ctx = p->n_ctx;
+    memcpy(spec->n_page, p->n_page, sizeof spec->n_page);
+    st = arch_plan(e->arch, e->file, &e->cfg, e->dev, spec, &p->m, err);
+    if (st == ORCD_OK && ops->used && prm->note)
+        tell_plan(e, prm, p);
 done:
     if (st != ORCD_OK) {
         ops->close(e->dev);
@@ -245,9 +294,10 @@ static void fill_info(eng *e, const plan *p, int max_batch) {
     e->info.max_batch = max_batch;
     e->info.n_vocab = e->cfg.n_vocab;
     e->info.chunk = p->chunk;
-    e->info.weight_bytes = p->weights;
-    e->info.act_bytes = p->acts;
-    e->info.kv_bytes = p->kv;
+    e->info.weight_bytes = p->m.weights;
+    e->info.act_bytes = p->m.acts;
+    e->info.kv_bytes = p->m.kv;
+    e->info.host_bytes = p->m.host;
 }
 
 static orcd_status start_thread(eng *e, orcd_error *err) {
@@ -299,8 +349,6 @@ orcd_status eng_open(const eng_params *p, eng **out, orcd_error *err) {
     ORCD_TRY_GOTO(st, done,
                   arch_load(e->arch, e->file, &e->cfg, e->dev, pl.max_rows, max_batch, p->progress, p->progress_ctx,
                             &e->model, err));
-    spec.n_ctx = pl.n_ctx;
-    memcpy(spec.n_page, pl.n_page, sizeof spec.n_page);
     ORCD_TRY_GOTO(st, done, kv_store_open(e->dev, &spec, &e->kv, err));
     uint64_t idle = p->cache_bytes && p->cache_bytes != ENG_NO_CACHE ? p->cache_bytes : UINT64_MAX;
     if (pl.n_entry > 0 && pl.n_page[BE_POOL_FULL] > 0)

@@ -13,7 +13,7 @@ orcd_status cuda_act_new(be_device *base, be_form form, int64_t cap_row, int64_t
     if (cap_row < 1 || width < 1 || cap_row > INT32_MAX || width > INT32_MAX)
         return orcd_fail(err, ORCD_ERR_ARG, "activation of %lld rows of %lld values", (long long)cap_row,
                          (long long)width);
-    CUDA_TRY(d, "choosing the device", cudaSetDevice(d->ordinal));
+    ORCD_TRY(cuda_use(d, err));
     cuda_act *a = new (std::nothrow) cuda_act{};
     if (!a)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
@@ -33,11 +33,8 @@ orcd_status cuda_act_new(be_device *base, be_form form, int64_t cap_row, int64_t
             halves = (size_t)cap_row * (size_t)a->ld * sizeof *a->f16;
             ORCD_TRY_GOTO(st, done, cuda_alloc(d, &a->f16, halves, "an activation", err));
         }
-        cudaError_t e = cudaMemset(a->f16, 0, halves); /* columns past width stay zero for ever */
-        if (e != cudaSuccess) {
-            st = cuda_fail(d, e, "clearing an activation", err);
-            goto done;
-        }
+        /* columns past width stay zero for ever */
+        ORCD_TRY_GOTO(st, done, cuda_fill(d, a->f16, 0, halves, "an activation", err));
     }
     *out = &a->base;
     a = NULL;
@@ -51,13 +48,12 @@ void cuda_act_free(be_device *base, be_act *act) {
     if (!a)
         return;
     cuda_dev *d = (cuda_dev *)base;
-    cudaSetDevice(d->ordinal);
-    cudaStreamSynchronize(d->stream);
+    cuda_quiet(d);
     cuda_graphs_drop(d, NULL);
-    cudaFree(a->f32);
-    cudaFree(a->f16);
-    cudaFree(a->id);
-    cudaFree(a->expert_w);
+    cuda_free(d, a->f32);
+    cuda_free(d, a->f16);
+    cuda_free(d, a->id);
+    cuda_free(d, a->expert_w);
     delete a;
 }
 
@@ -73,7 +69,7 @@ orcd_status cuda_act_read(be_device *base, const be_act *act, int64_t row, int64
     const cuda_act *a = (const cuda_act *)act;
     const size_t width = (size_t)act->width, count = (size_t)n * width;
     ORCD_TRY(in_range(act, row, n, err));
-    CUDA_TRY(d, "choosing the device", cudaSetDevice(d->ordinal));
+    ORCD_TRY(cuda_use(d, err));
     CUDA_TRY(d, "waiting for a step", cudaStreamSynchronize(d->stream));
     if (act->form == BE_ACT_ROUTE) {
         int32_t *id = (int32_t *)malloc(count * 8 + 8);
@@ -112,7 +108,7 @@ orcd_status cuda_act_write(be_device *base, be_act *act, int64_t row, int64_t n,
     cuda_act *a = (cuda_act *)act;
     const size_t width = (size_t)act->width, count = (size_t)n * width, ld = (size_t)a->ld;
     ORCD_TRY(in_range(act, row, n, err));
-    CUDA_TRY(d, "choosing the device", cudaSetDevice(d->ordinal));
+    ORCD_TRY(cuda_use(d, err));
     CUDA_TRY(d, "waiting for a step", cudaStreamSynchronize(d->stream));
     act->n_row = row + n;
     void *host = calloc((size_t)n * ld + 1, 8);
@@ -170,7 +166,8 @@ orcd_status cuda_kv_open(be_device *base, const be_kv_spec *s, be_kv **out, orcd
     *out = NULL;
     if (s->head_dim > 128)
         return orcd_fail(err, ORCD_ERR_UNSUPPORTED, "heads of %d values; the CUDA backend goes up to 128", s->head_dim);
-    CUDA_TRY(d, "choosing the device", cudaSetDevice(d->ordinal));
+    ORCD_TRY(cuda_use(d, err));
+    cuda_loaded(d);
     cuda_kv *kv = new (std::nothrow) cuda_kv{};
     if (!kv)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
@@ -201,13 +198,9 @@ orcd_status cuda_kv_open(be_device *base, const be_kv_spec *s, be_kv **out, orcd
             st = orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for a page table");
             goto done;
         }
-        cudaError_t e = cudaMemset(kv->table[p], 0xff, entries * sizeof(int32_t));
-        if (e == cudaSuccess) /* keys never written are masked, but NaN times zero would still be NaN */
-            e = cudaMemset(kv->pages[p], 0, bytes);
-        if (e != cudaSuccess) {
-            st = cuda_fail(d, e, "clearing the KV cache", err);
-            goto done;
-        }
+        ORCD_TRY_GOTO(st, done, cuda_fill(d, kv->table[p], 0xff, entries * sizeof(int32_t), "a page table", err));
+        /* keys never written are masked, but NaN times zero would still be NaN */
+        ORCD_TRY_GOTO(st, done, cuda_fill(d, kv->pages[p], 0, bytes, "the KV cache", err));
     }
     ORCD_TRY_GOTO(st, done, cuda_reserve(d, s->max_tok, s->max_out, err));
     *out = &kv->base;
@@ -222,12 +215,11 @@ void cuda_kv_close(be_device *base, be_kv *cache) {
     if (!kv)
         return;
     cuda_dev *d = (cuda_dev *)base;
-    cudaSetDevice(d->ordinal);
-    cudaStreamSynchronize(d->stream);
+    cuda_quiet(d);
     cuda_graphs_drop(d, kv);
     for (int p = 0; p < BE_N_POOLS; p++) {
-        cudaFree(kv->pages[p]);
-        cudaFree(kv->table[p]);
+        cuda_free(d, kv->pages[p]);
+        cuda_free(d, kv->table[p]);
         free(kv->change[p]);
     }
     free(kv->window);
@@ -271,7 +263,7 @@ void cuda_kv_copy_page(be_kv *cache, int pool, int32_t dst, int32_t src) {
 
 orcd_status cuda_kv_read_page(be_kv *cache, int pool, int32_t page, void *dst, orcd_error *err) {
     cuda_kv *kv = (cuda_kv *)cache;
-    CUDA_TRY(kv->dev, "choosing the device", cudaSetDevice(kv->dev->ordinal));
+    ORCD_TRY(cuda_use(kv->dev, err));
     CUDA_TRY(kv->dev, "reading a page",
              cudaMemcpyAsync(dst, page_at(kv, pool, page), (size_t)kv->base.page_bytes[pool], cudaMemcpyDeviceToHost,
                              kv->dev->stream));
@@ -281,7 +273,7 @@ orcd_status cuda_kv_read_page(be_kv *cache, int pool, int32_t page, void *dst, o
 
 orcd_status cuda_kv_write_page(be_kv *cache, int pool, int32_t page, const void *src, orcd_error *err) {
     cuda_kv *kv = (cuda_kv *)cache;
-    CUDA_TRY(kv->dev, "choosing the device", cudaSetDevice(kv->dev->ordinal));
+    ORCD_TRY(cuda_use(kv->dev, err));
     CUDA_TRY(kv->dev, "writing a page",
              cudaMemcpyAsync(page_at(kv, pool, page), src, (size_t)kv->base.page_bytes[pool], cudaMemcpyHostToDevice,
                              kv->dev->stream));
@@ -295,11 +287,11 @@ static orcd_status reserve_batch(cuda_dev *d, int max_tok, int max_out, orcd_err
     if (max_tok <= d->max_tok && max_out <= d->max_out)
         return ORCD_OK;
     cuda_graphs_drop(d, NULL); /* they read the old addresses */
-    cudaFree(d->arr.batch);
+    cuda_free(d, d->arr.batch);
     d->arr = cuda_arrays{};
-    for (auto &ids : d->ids) {
-        cudaFreeHost(ids.host);
-        ids.host = NULL;
+    for (int i = 0; i < 2 && d->ids[i].host; i++) {
+        cudaFreeHost(d->ids[i].host);
+        d->ids[i].host = NULL;
     }
     max_tok = max_tok > d->max_tok ? max_tok : d->max_tok;
     max_out = max_out > d->max_out ? max_out : d->max_out;
@@ -319,10 +311,10 @@ static orcd_status reserve_batch(cuda_dev *d, int max_tok, int max_out, orcd_err
         *field[i] = (int32_t *)p;
     d->arr.out_row = (int32_t *)p;
     d->arr.id = (int32_t *)(p + outs * 4);
-    CUDA_TRY(d, "clearing the batch arrays", cudaMemset(d->arr.batch, 0, 256));
-    CUDA_TRY(d, "clearing the batch arrays", cudaMemset(d->arr.id, 0, outs * 4));
-    for (auto &ids : d->ids)
-        CUDA_TRY(d, "pinning the sampled ids", cudaMallocHost((void **)&ids.host, outs * 4));
+    ORCD_TRY(cuda_fill(d, d->arr.batch, 0, 256, "the batch arrays", err));
+    ORCD_TRY(cuda_fill(d, d->arr.id, 0, outs * 4, "the batch arrays", err));
+    for (int i = 0; i < 2 && !d->dry; i++)
+        CUDA_TRY(d, "pinning the sampled ids", cudaMallocHost((void **)&d->ids[i].host, outs * 4));
     d->max_tok = max_tok;
     d->max_out = max_out;
     return ORCD_OK;
@@ -334,10 +326,10 @@ static orcd_status grow(cuda_dev *d, T **p, size_t *have, size_t want, size_t by
     if (want <= *have && *p)
         return ORCD_OK;
     cuda_graphs_drop(d, NULL);
-    cudaFree(*p);
+    cuda_free(d, *p);
     *have = 0;
     ORCD_TRY(cuda_alloc(d, p, bytes, what, err));
-    CUDA_TRY(d, what, cudaMemset(*p, 0, bytes));
+    ORCD_TRY(cuda_fill(d, *p, 0, bytes, what, err));
     *have = want;
     return ORCD_OK;
 }

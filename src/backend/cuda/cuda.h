@@ -198,9 +198,19 @@ struct cuda_scratch { /* shared by all operations of a step, sized by the larges
     size_t hidden_bytes, down_bytes, pairs, tiles, tok, outs, n_count, n_partial, n_arrived; /* what is there */
 };
 
+struct cuda_block { /* of device memory */
+    uint8_t *at;
+    size_t bytes;
+};
+
 struct cuda_dev {
     be_device base;
     int ordinal, n_sm, major, minor;
+    bool dry;          /* be_params.dry: addresses are made up and never used */
+    uintptr_t made_up; /* the last of them */
+    cuda_block *block;
+    int n_block, cap_block;
+    uint64_t used; /* bytes in blocks */
     cudaStream_t stream, copy;
     cudaError_t sticky;
     pool *workers; /* for loading */
@@ -257,6 +267,11 @@ struct cuda_run {
 orcd_status cuda_fail(cuda_dev *d, cudaError_t e, const char *what, orcd_error *err);
 /* 256-byte aligned, NULL with ORCD_ERR_NOMEM saying required and available; zero bytes give one. */
 orcd_status cuda_alloc(cuda_dev *d, void *out, size_t bytes, const char *what, orcd_error *err);
+void cuda_free(cuda_dev *d, void *p); /* accepts NULL */
+/* Memory of cuda_alloc to one byte value, now. */
+orcd_status cuda_fill(cuda_dev *d, void *p, int value, size_t bytes, const char *what, orcd_error *err);
+orcd_status cuda_use(cuda_dev *d, orcd_error *err); /* make it this thread's device */
+void cuda_quiet(cuda_dev *d);                       /* the same, and wait until nothing runs: before memory is freed */
 
 #define CUDA_TRY(d, what, expr)                                                                                        \
     do {                                                                                                               \
@@ -304,6 +319,7 @@ void cuda_tap(be_step *s, const char *name, int layer, const be_act *a, be_tap_f
 void cuda_sample(be_step *s, const be_act *logits, const be_sample *row);
 orcd_status cuda_sampled(be_device *d, int32_t *id, orcd_error *err);
 }
+void cuda_loaded(cuda_dev *d);
 void cuda_graphs_drop(cuda_dev *d, const cuda_kv *kv); /* NULL: all */
 orcd_status cuda_reserve(cuda_dev *d, int max_tok, int max_out, orcd_error *err);
 

@@ -199,10 +199,10 @@ bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd) {
 
 /* ---- scratch ---- */
 
-static void free_rows(cuda_decode *d) {
+static void free_rows(cuda_dev *dev, cuda_decode *d) {
     void *all[] = {d->xa, d->xb, d->p, d->route_part, d->q, d->h, d->best};
     for (void *p : all)
-        cudaFree(p);
+        cuda_free(dev, p);
     *d = {};
 }
 
@@ -215,7 +215,7 @@ orcd_status cuda_decode_reserve(cuda_dev *dev, orcd_error *err) {
     if (!d && !(d = dev->decode = (cuda_decode *)calloc(1, sizeof *d)))
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the decode step");
     cuda_graphs_drop(dev, NULL);
-    free_rows(d);
+    free_rows(dev, d);
     const size_t embd = (size_t)round_up(dev->want_embd, 64) * sizeof(float), experts = (size_t)dev->want_expert;
     ORCD_TRY(cuda_alloc(dev, &d->xa, embd, "the decode step", err));
     ORCD_TRY(cuda_alloc(dev, &d->xb, embd, "the decode step", err));
@@ -231,7 +231,7 @@ orcd_status cuda_decode_reserve(cuda_dev *dev, orcd_error *err) {
 void cuda_decode_free(cuda_dev *dev) {
     if (!dev->decode)
         return;
-    free_rows(dev->decode);
+    free_rows(dev, dev->decode);
     free(dev->decode);
     dev->decode = NULL;
 }

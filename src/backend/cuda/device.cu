@@ -18,12 +18,41 @@ orcd_status cuda_fail(cuda_dev *d, cudaError_t e, const char *what, orcd_error *
     return orcd_fail(err, ORCD_ERR_DEVICE, "cuda:%d: %s while %s", d->ordinal, cudaGetErrorString(e), what);
 }
 
+orcd_status cuda_use(cuda_dev *d, orcd_error *err) {
+    if (!d->dry)
+        CUDA_TRY(d, "choosing the device", cudaSetDevice(d->ordinal));
+    return ORCD_OK;
+}
+
+void cuda_quiet(cuda_dev *d) {
+    if (d->dry)
+        return;
+    cudaSetDevice(d->ordinal);
+    cudaStreamSynchronize(d->stream);
+}
+
+/* ---- memory ---- */
+
+static bool room_for_block(cuda_dev *d) {
+    if (d->n_block < d->cap_block)
+        return true;
+    const int cap = d->cap_block ? 2 * d->cap_block : 1024;
+    void *grown = realloc(d->block, (size_t)cap * sizeof *d->block);
+    if (grown) {
+        d->block = (cuda_block *)grown;
+        d->cap_block = cap;
+    }
+    return grown != NULL;
+}
+
 orcd_status cuda_alloc(cuda_dev *d, void *out, size_t bytes, const char *what, orcd_error *err) {
-    void *p = NULL;
+    void *p = (void *)(d->made_up += 256);
     size_t avail = 0, total = 0;
     *(void **)out = NULL;
+    if (!room_for_block(d))
+        return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
     bytes = bytes ? (bytes + 255) / 256 * 256 : 256;
-    cudaError_t e = cudaMalloc(&p, bytes);
+    cudaError_t e = d->dry ? cudaSuccess : cudaMalloc(&p, bytes);
     if (e == cudaErrorMemoryAllocation) {
         cudaGetLastError();
         cudaMemGetInfo(&avail, &total);
@@ -32,50 +61,85 @@ orcd_status cuda_alloc(cuda_dev *d, void *out, size_t bytes, const char *what, o
     }
     if (e != cudaSuccess)
         return cuda_fail(d, e, what, err);
+    d->block[d->n_block++] = {(uint8_t *)p, bytes};
+    d->used += bytes;
     *(void **)out = p;
     return ORCD_OK;
 }
 
-static void free_scratch(cuda_scratch *s) {
-    cudaFree(s->hidden);
-    cudaFree(s->down);
-    cudaFree(s->perm);
-    cudaFree(s->tile);
-    cudaFree(s->count);
-    cudaFree(s->partial);
-    cudaFree(s->arrived);
-    cudaFree(s->rope);
-    cudaFree(s->best);
+void cuda_free(cuda_dev *d, void *p) {
+    int i = d->n_block - 1;
+    while (i >= 0 && d->block[i].at != p)
+        i--;
+    if (!p || i < 0)
+        return;
+    d->used -= d->block[i].bytes;
+    d->block[i] = d->block[--d->n_block];
+    if (!d->dry)
+        cudaFree(p);
+}
+
+orcd_status cuda_fill(cuda_dev *d, void *p, int value, size_t bytes, const char *what, orcd_error *err) {
+    if (!d->dry && bytes)
+        CUDA_TRY(d, what, cudaMemset(p, value, bytes));
+    return ORCD_OK;
+}
+
+static uint64_t dev_used(be_device *base) { return ((cuda_dev *)base)->used; }
+
+static orcd_status dev_resident(be_device *base, orcd_error *err) {
+    cuda_dev *d = (cuda_dev *)base;
+    ORCD_TRY(cuda_use(d, err));
+    for (int i = 0; i < d->n_block && !d->dry; i++) {
+        cudaPointerAttributes at;
+        CUDA_TRY(d, "looking where memory lies", cudaPointerGetAttributes(&at, d->block[i].at));
+        if (at.type != cudaMemoryTypeDevice || at.device != d->ordinal)
+            return orcd_fail(err, ORCD_ERR_DEVICE, "cuda:%d: %zu bytes of the model are not in the device's memory",
+                             d->ordinal, d->block[i].bytes);
+    }
+    return ORCD_OK;
+}
+
+static void free_scratch(cuda_dev *d) {
+    cuda_scratch *s = &d->scratch;
+    cuda_free(d, s->hidden);
+    cuda_free(d, s->down);
+    cuda_free(d, s->perm);
+    cuda_free(d, s->tile);
+    cuda_free(d, s->count);
+    cuda_free(d, s->partial);
+    cuda_free(d, s->arrived);
+    cuda_free(d, s->rope);
+    cuda_free(d, s->best);
     *s = cuda_scratch{};
+}
+
+static void free_host(void *p) { /* a dry device never asks the driver for anything */
+    if (p)
+        cudaFreeHost(p);
 }
 
 static void dev_close(be_device *base) {
     cuda_dev *d = (cuda_dev *)base;
     if (!d)
         return;
-    cudaSetDevice(d->ordinal);
-    cudaDeviceSynchronize();
+    cuda_quiet(d);
     cuda_graphs_drop(d, NULL);
-    free_scratch(&d->scratch);
+    free_scratch(d);
     cuda_decode_free(d);
-    for (int i = 0; i < 2; i++) {
-        cudaFreeHost(d->load_host[i]);
-        cudaFree(d->load_dev[i]);
-        if (d->load_done[i])
-            cudaEventDestroy(d->load_done[i]);
-    }
+    cuda_loaded(d);
     for (int i = 0; i < CUDA_N_STAGING; i++) {
-        cudaFreeHost(d->staging[i].host);
+        free_host(d->staging[i].host);
         if (d->staging[i].done)
             cudaEventDestroy(d->staging[i].done);
     }
     for (int i = 0; i < CUDA_N_FREQ; i++)
-        cudaFree(d->freq[i].dev);
-    cudaFree(d->flag);
-    cudaFree(d->upload);
-    cudaFree(d->arr.batch);
+        cuda_free(d, d->freq[i].dev);
+    cuda_free(d, d->flag);
+    cuda_free(d, d->upload);
+    cuda_free(d, d->arr.batch);
     for (auto &ids : d->ids) {
-        cudaFreeHost(ids.host);
+        free_host(ids.host);
         if (ids.ready)
             cudaEventDestroy(ids.ready);
     }
@@ -83,26 +147,44 @@ static void dev_close(be_device *base) {
         cudaStreamDestroy(d->copy);
     if (d->stream)
         cudaStreamDestroy(d->stream);
-    if (d->workers)
-        pool_close(d->workers);
     free(d->step.cmd);
     free(d->step.sample);
-    cudaGetLastError();
+    free(d->block);
+    if (!d->dry)
+        cudaGetLastError();
     delete d;
 }
 
 extern "C" const be_ops be_ops_cuda;
+
+static orcd_status open_dry(const be_params *p, be_device **out, orcd_error *err) {
+    cuda_dev *d = new (std::nothrow) cuda_dev{};
+    if (!d)
+        return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
+    d->base.ops = &be_ops_cuda;
+    d->ordinal = p->device;
+    d->dry = true;
+    snprintf(d->name, sizeof d->name, "cuda, to plan with");
+    *out = &d->base;
+    return cuda_alloc(d, &d->flag, 256, "a flag", err);
+}
 
 static orcd_status dev_open(const be_params *p, be_device **out, orcd_error *err) {
     orcd_status st = ORCD_ERR_DEVICE;
     int n = 0;
     cudaDeviceProp prop;
     *out = NULL;
+    if (p->dry)
+        return open_dry(p, out, err);
+    int driver = 0;
     cudaError_t e = cudaGetDeviceCount(&n);
     if (e != cudaSuccess || n == 0) {
         cudaGetLastError();
+        cudaDriverGetVersion(&driver);
         return orcd_fail(err, ORCD_ERR_DEVICE, "no CUDA device: %s; use --device cpu",
-                         e == cudaSuccess ? "the driver lists none" : cudaGetErrorString(e));
+                         driver == 0        ? "this machine has no NVIDIA driver"
+                         : e == cudaSuccess ? "the driver lists none"
+                                            : cudaGetErrorString(e));
     }
     if (p->device < 0 || p->device >= n)
         return orcd_fail(err, ORCD_ERR_ARG, "cuda:%d does not exist; the driver lists %d device%s, from cuda:0",
@@ -130,11 +212,12 @@ static orcd_status dev_open(const be_params *p, be_device **out, orcd_error *err
     if ((e = cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking)) != cudaSuccess ||
         (e = cudaStreamCreateWithFlags(&d->copy, cudaStreamNonBlocking)) != cudaSuccess ||
         (e = cudaEventCreateWithFlags(&d->ids[0].ready, cudaEventDisableTiming)) != cudaSuccess ||
-        (e = cudaEventCreateWithFlags(&d->ids[1].ready, cudaEventDisableTiming)) != cudaSuccess ||
-        (e = cudaMalloc(&d->flag, 256)) != cudaSuccess) {
+        (e = cudaEventCreateWithFlags(&d->ids[1].ready, cudaEventDisableTiming)) != cudaSuccess) {
         st = cuda_fail(d, e, "making streams", err);
         goto done;
     }
+    ORCD_TRY_GOTO(st, done, cuda_alloc(d, &d->flag, 256, "a flag", err));
+    st = ORCD_ERR_DEVICE;
     for (int i = 0; i < CUDA_N_STAGING; i++)
         if ((e = cudaEventCreateWithFlags(&d->staging[i].done, cudaEventDisableTiming)) != cudaSuccess) {
             st = cuda_fail(d, e, "making events", err);
@@ -157,6 +240,9 @@ static void dev_describe(be_device *base, char *text, size_t cap) {
 
 static void dev_memory(be_device *base, uint64_t *total, uint64_t *available) {
     size_t avail = 0, all = 0;
+    *total = *available = 0;
+    if (((cuda_dev *)base)->dry)
+        return;
     cudaSetDevice(((cuda_dev *)base)->ordinal);
     if (cudaMemGetInfo(&avail, &all) != cudaSuccess)
         cudaGetLastError();
@@ -202,4 +288,6 @@ extern "C" const be_ops be_ops_cuda = {
     cuda_moe,
     cuda_sample,
     cuda_sampled,
+    dev_used,
+    dev_resident,
 };

@@ -19,7 +19,7 @@ orcd_status cuda_step_begin(be_device *base, be_kv *kv, const be_batch *b, be_st
         (kv && (b->n_tok > kv->spec.max_tok || b->n_out > kv->spec.max_out)))
         return orcd_fail(err, ORCD_ERR_ARG, "a step of %d tokens and %d outputs inside another or past its limits",
                          b->n_tok, b->n_out);
-    CUDA_TRY(d, "choosing the device", cudaSetDevice(d->ordinal));
+    ORCD_TRY(cuda_use(d, err));
     ORCD_TRY(cuda_reserve(d, b->n_tok, b->n_out, err));
     cuda_step *s = &d->step;
     s->base.dev = base;
@@ -337,7 +337,7 @@ static orcd_status staging(cuda_dev *d, size_t words, int32_t **out, orcd_error 
     if (st->cap * sizeof(int32_t) > d->upload_cap) {
         cuda_graphs_drop(d, NULL);
         CUDA_TRY(d, "waiting for a step", cudaStreamSynchronize(d->stream));
-        cudaFree(d->upload);
+        cuda_free(d, d->upload);
         d->upload_cap = 0;
         ORCD_TRY(cuda_alloc(d, &d->upload, st->cap * sizeof(int32_t), "the batch", err));
         d->upload_cap = st->cap * sizeof(int32_t);

@@ -109,26 +109,6 @@ static bool wants_dense(const be_load *l) {
     return l->use == BE_USE_VECTOR || (l->use == BE_USE_LINEAR && stacked_rows(l) <= DENSE_LIMIT);
 }
 
-uint64_t cuda_load_bytes(be_device *d, const be_load *l) {
-    (void)d;
-    uint64_t sum = 0, rows = stacked_rows(l);
-    cuda_matrix m[3];
-    if (l->use == BE_USE_EMBED) {
-        const q_traits *t = q_find(rows_type_of(l->part[0].type));
-        return rows * q_row_bytes(t, l->part[0].n_col) + 256;
-    }
-    if (wants_dense(l))
-        sum += rows * l->part[0].n_col * 4 + 256;
-    if (wants_dense(l) && l->use == BE_USE_LINEAR)
-        sum += rows * (l->part[0].n_col + 15) / 16 * 64 + 256;
-    if (l->use != BE_USE_VECTOR)
-        for (int i = 0, n = plan_matrices(l, m); i < n; i++)
-            sum += matrix_bytes(&m[i]) + 256;
-    if (any_bias(l))
-        sum += l->part[0].n_mat * rows * 4 + 256;
-    return sum;
-}
-
 /* ---- packing on the device ---- */
 
 struct pack_job { /* canonical rows [first, first + n) of one part of one matrix, as they lie in the staging buffer */
@@ -251,6 +231,8 @@ typedef cudaError_t (*place_fn)(cuda_dev *d, void *ctx, const uint8_t *src, uint
 /* Bring every row of a tensor to the device, in chunks, and let `place` put each chunk where it belongs. */
 static orcd_status stream_rows(cuda_dev *d, const mf_tensor *t, bool to_float, place_fn place, void *ctx,
                                orcd_error *err) {
+    if (d->dry)
+        return ORCD_OK;
     const size_t canonical = mf_row_bytes(t), bytes = to_float ? (size_t)t->n_col * 4 : canonical;
     const uint64_t per = LOAD_CHUNK / (to_float ? bytes + canonical : bytes);
     if (per == 0)
@@ -312,16 +294,34 @@ static cudaError_t put_plain(cuda_dev *d, void *ctx, const uint8_t *src, uint64_
 }
 
 static orcd_status ensure_staging(cuda_dev *d, orcd_error *err) {
+    if (d->dry || d->load_dev[1])
+        return ORCD_OK;
     if (!d->workers) {
         long cores = sysconf(_SC_NPROCESSORS_ONLN);
         ORCD_TRY(pool_open(cores > 8 ? 8 : cores < 1 ? 1 : (int)cores, &d->workers, err));
     }
-    for (int i = 0; i < 2 && !d->load_done[i]; i++) {
-        ORCD_TRY(cuda_alloc(d, &d->load_dev[i], LOAD_CHUNK, "the upload buffer", err));
-        CUDA_TRY(d, "pinning upload buffers", cudaMallocHost((void **)&d->load_host[i], LOAD_CHUNK));
+    for (int i = 0; i < 2; i++) {
         CUDA_TRY(d, "making events", cudaEventCreateWithFlags(&d->load_done[i], cudaEventDisableTiming));
+        CUDA_TRY(d, "pinning upload buffers", cudaMallocHost((void **)&d->load_host[i], LOAD_CHUNK));
+        ORCD_TRY(cuda_alloc(d, &d->load_dev[i], LOAD_CHUNK, "the upload buffer", err));
     }
     return ORCD_OK;
+}
+
+/* Give back what only loading needs; the next load makes it again. */
+void cuda_loaded(cuda_dev *d) {
+    for (int i = 0; i < 2; i++) {
+        if (d->load_host[i])
+            cudaFreeHost(d->load_host[i]);
+        if (d->load_done[i])
+            cudaEventDestroy(d->load_done[i]);
+        cuda_free(d, d->load_dev[i]);
+        d->load_host[i] = d->load_dev[i] = NULL;
+        d->load_done[i] = NULL;
+    }
+    if (d->workers)
+        pool_close(d->workers);
+    d->workers = NULL;
 }
 
 /* The power of two that brings a tensor's largest finite weight to [2^14, 2^15). */
@@ -348,21 +348,22 @@ static orcd_status power_of(const mf_tensor *t, float *power, orcd_error *err) {
 
 /* ---- one weight ---- */
 
-static orcd_status upload_floats(cuda_dev *d, const float *src, size_t n, float **out, const char *what,
-                                 orcd_error *err) {
-    ORCD_TRY(cuda_alloc(d, out, n * sizeof *src, what, err));
-    CUDA_TRY(d, "uploading floats", cudaMemcpy(*out, src, n * sizeof *src, cudaMemcpyHostToDevice));
+static orcd_status upload_floats(cuda_dev *d, float *to, const float *src, size_t n, orcd_error *err) {
+    CUDA_TRY(d, "uploading floats", cudaMemcpy(to, src, n * sizeof *src, cudaMemcpyHostToDevice));
     return ORCD_OK;
 }
 
 static orcd_status load_dense(cuda_dev *d, const be_load *l, float **out, orcd_error *err) {
     const size_t n = (size_t)(stacked_rows(l) * l->part[0].n_col);
+    ORCD_TRY(cuda_alloc(d, out, n * sizeof **out, l->part[0].name, err));
+    if (d->dry)
+        return ORCD_OK;
     float *v = (float *)malloc(n * sizeof *v);
     if (!v)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for \"%s\"", l->part[0].name);
     for (size_t i = 0, at = 0; i < (size_t)l->n_part; at += (size_t)(l->part[i].n_row * l->part[i].n_col), i++)
         mf_floats(&l->part[i], v + at);
-    orcd_status st = upload_floats(d, v, n, out, l->part[0].name, err);
+    orcd_status st = upload_floats(d, *out, v, n, err);
     free(v);
     return st;
 }
@@ -371,6 +372,9 @@ static orcd_status load_dense(cuda_dev *d, const be_load *l, float **out, orcd_e
 static orcd_status load_bias(cuda_dev *d, const be_load *l, float **out, orcd_error *err) {
     const size_t rows = (size_t)stacked_rows(l), mats = (size_t)l->part[0].n_mat;
     size_t at = 0;
+    ORCD_TRY(cuda_alloc(d, out, mats * rows * sizeof **out, "a bias", err));
+    if (d->dry)
+        return ORCD_OK;
     float *v = (float *)calloc(mats * rows * 2, sizeof *v), *one = v + mats * rows;
     if (!v)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the bias of \"%s\"", l->part[0].name);
@@ -383,7 +387,7 @@ static orcd_status load_bias(cuda_dev *d, const be_load *l, float **out, orcd_er
         }
         at += n;
     }
-    orcd_status st = upload_floats(d, v, mats * rows, out, "a bias", err);
+    orcd_status st = upload_floats(d, *out, v, mats * rows, err);
     free(v);
     return st;
 }
@@ -398,6 +402,8 @@ static orcd_status load_rows(cuda_dev *d, const be_load *l, cuda_weight *w, orcd
 /* Pack the parts [first, first + n) into one matrix; *big: a weight left the range of the power. */
 static orcd_status load_matrix(cuda_dev *d, const be_load *l, int first, int n, cuda_matrix *m, float power, int *big,
                                orcd_error *err) {
+    if (d->dry)
+        return ORCD_OK;
     CUDA_TRY(d, "clearing a weight", cudaMemsetAsync(m->data, 0, (size_t)matrix_bytes(m), d->copy));
     CUDA_TRY(d, "clearing a flag", cudaMemsetAsync(d->flag, 0, 4, d->copy));
     for (int i = first, row0 = 0; i < first + n; i++) {
@@ -438,11 +444,13 @@ static orcd_status load_matrices(cuda_dev *d, const be_load *l, cuda_weight *w, 
 orcd_status cuda_load(be_device *base, const be_load *l, be_weight **out, orcd_error *err) {
     cuda_dev *d = (cuda_dev *)base;
     orcd_status st = ORCD_OK;
+    cudaError_t e = cudaSuccess;
     *out = NULL;
     if (l->n_part < 1 || l->n_part > 3 || (l->use == BE_USE_GATE_UP && l->n_part != 2))
         return orcd_fail(err, ORCD_ERR_ARG, "a weight of %d parts", l->n_part);
-    CUDA_TRY(d, "choosing the device", cudaSetDevice(d->ordinal));
+    ORCD_TRY(cuda_use(d, err));
     ORCD_TRY(ensure_staging(d, err));
+    const uint64_t before = d->used;
     cuda_weight *w = new (std::nothrow) cuda_weight{};
     if (!w)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
@@ -451,7 +459,6 @@ orcd_status cuda_load(be_device *base, const be_load *l, be_weight **out, orcd_e
     w->base.n_col = (int64_t)l->part[0].n_col;
     w->base.n_row = (int64_t)stacked_rows(l);
     w->base.n_mat = (int64_t)l->part[0].n_mat;
-    w->base.bytes = cuda_load_bytes(base, l);
     if (l->use == BE_USE_EMBED)
         ORCD_TRY_GOTO(st, done, load_rows(d, l, w, err));
     if (wants_dense(l))
@@ -471,12 +478,10 @@ orcd_status cuda_load(be_device *base, const be_load *l, be_weight **out, orcd_e
     }
     if (l->use == BE_USE_DOWN && w->base.n_row > d->want_embd)
         d->want_embd = w->base.n_row;
-    {
-        cudaError_t e = cudaStreamSynchronize(d->copy);
-        if (e != cudaSuccess) {
-            st = cuda_fail(d, e, "loading weights", err);
-            goto done;
-        }
+    w->base.bytes = d->used - before;
+    if (!d->dry && (e = cudaStreamSynchronize(d->copy)) != cudaSuccess) {
+        st = cuda_fail(d, e, "loading weights", err);
+        goto done;
     }
     *out = &w->base;
     w = NULL;
@@ -490,14 +495,24 @@ void cuda_unload(be_device *base, be_weight *weight) {
     if (!w)
         return;
     cuda_dev *d = (cuda_dev *)base;
-    cudaSetDevice(d->ordinal);
-    cudaStreamSynchronize(d->stream);
+    cuda_quiet(d);
     cuda_graphs_drop(d, NULL);
     for (int i = 0; i < w->n_matrix; i++)
-        cudaFree(w->matrix[i].data);
-    cudaFree(w->bias);
-    cudaFree(w->dense);
-    cudaFree(w->gained);
-    cudaFree(w->rows);
+        cuda_free(d, w->matrix[i].data);
+    cuda_free(d, w->bias);
+    cuda_free(d, w->dense);
+    cuda_free(d, w->gained);
+    cuda_free(d, w->rows);
     delete w;
+}
+
+uint64_t cuda_load_bytes(be_device *base, const be_load *l) {
+    cuda_dev dry = {};
+    be_weight *w = NULL;
+    dry.base.ops = base->ops;
+    dry.dry = true;
+    uint64_t bytes = cuda_load(&dry.base, l, &w, NULL) == ORCD_OK ? w->bytes : 0;
+    cuda_unload(&dry.base, w);
+    free(dry.block);
+    return bytes;
 }
