@@ -12,6 +12,12 @@ struct teacher {
     int n_ctx, chunk;
     int32_t *token, *pos, *slot, *out_row; /* [chunk] */
     float *row;                            /* [n_vocab], where the host cannot address the device */
+    struct {                               /* the sequence in hand */
+        const int32_t *ids;
+        int64_t n, first, done; /* positions: all, first wanted, computed */
+        be_act *logits;         /* of the last step: */
+        int n_out, next;        /* rows in it, the next to hand out */
+    } run;
 };
 
 static orcd_status open_kv(teacher *t, be_kv_type type, orcd_error *err) {
@@ -92,24 +98,28 @@ const arch_config *teacher_config(const teacher *t) { return &t->cfg; }
 
 arch_model *teacher_model(teacher *t) { return t->model; }
 
-static orcd_status step(teacher *t, const int32_t *ids, int64_t pos0, int n, int64_t first, be_act **logits, int *n_out,
-                        orcd_error *err) {
-    *n_out = 0;
+void teacher_describe(const teacher *t, char *text, size_t cap) { t->dev->ops->describe(t->dev, text, cap); }
+
+/* Compute the next `chunk` positions. */
+static orcd_status step(teacher *t, orcd_error *err) {
+    int64_t pos0 = t->run.done, left = t->run.n - pos0;
+    int n = left < t->chunk ? (int)left : t->chunk;
+    t->run.n_out = t->run.next = 0;
     for (int i = 0; i < n; i++) {
-        t->token[i] = ids[pos0 + i];
+        t->token[i] = t->run.ids[pos0 + i];
         t->pos[i] = (int32_t)(pos0 + i);
-        if (pos0 + i >= first)
-            t->out_row[(*n_out)++] = i;
+        if (pos0 + i >= t->run.first)
+            t->out_row[t->run.n_out++] = i;
     }
-    be_batch b = {n, t->token, t->pos, t->slot, *n_out, t->out_row};
+    be_batch b = {n, t->token, t->pos, t->slot, t->run.n_out, t->out_row};
     be_step *s;
     ORCD_TRY(t->dev->ops->step_begin(t->dev, t->kv, &b, &s, err));
-    *logits = arch_forward(t->model, s);
+    t->run.logits = arch_forward(t->model, s);
+    t->run.done += n;
     return t->dev->ops->step_end(s, err);
 }
 
-orcd_status teacher_run(teacher *t, const int32_t *ids, int64_t n, int64_t first, teacher_fn fn, void *ctx,
-                        orcd_error *err) {
+orcd_status teacher_start(teacher *t, const int32_t *ids, int64_t n, int64_t first, orcd_error *err) {
     if (n > t->n_ctx)
         return orcd_fail(err, ORCD_ERR_LIMIT, "%lld tokens do not fit a context of %d", (long long)n, t->n_ctx);
     for (int64_t i = 0; i < n; i++)
@@ -117,18 +127,37 @@ orcd_status teacher_run(teacher *t, const int32_t *ids, int64_t n, int64_t first
             return orcd_fail_at(err, ORCD_ERR_ARG, (uint64_t)i * sizeof *ids,
                                 "token %lld has the id %d; the vocabulary has ids 0 to %d", (long long)i, ids[i],
                                 t->cfg.n_vocab - 1);
-    for (int64_t pos0 = 0; pos0 < n; pos0 += t->chunk) {
-        int rows = n - pos0 < t->chunk ? (int)(n - pos0) : t->chunk, n_out;
-        be_act *logits;
-        ORCD_TRY(step(t, ids, pos0, rows, first, &logits, &n_out, err));
-        const float *host = t->dev->ops->act_host(t->dev, logits);
-        for (int k = 0; k < n_out; k++) {
-            const float *row = host ? host + (size_t)k * (size_t)t->cfg.n_vocab : t->row;
-            if (!host)
-                ORCD_TRY(t->dev->ops->act_read(t->dev, logits, k, 1, t->row, err));
-            if (!fn(ctx, pos0 + rows - n_out + k, row))
-                return ORCD_OK;
-        }
-    }
+    t->run.ids = ids;
+    t->run.n = n;
+    t->run.first = first;
+    t->run.done = 0;
+    t->run.n_out = t->run.next = 0;
     return ORCD_OK;
+}
+
+orcd_status teacher_next(teacher *t, int64_t *pos, const float **logits, orcd_error *err) {
+    *logits = NULL;
+    while (t->run.next == t->run.n_out && t->run.done < t->run.n)
+        ORCD_TRY(step(t, err));
+    if (t->run.next == t->run.n_out)
+        return ORCD_OK;
+    int k = t->run.next++;
+    const float *host = t->dev->ops->act_host(t->dev, t->run.logits);
+    if (!host)
+        ORCD_TRY(t->dev->ops->act_read(t->dev, t->run.logits, k, 1, t->row, err));
+    *pos = t->run.done - t->run.n_out + k;
+    *logits = host ? host + (size_t)k * (size_t)t->cfg.n_vocab : t->row;
+    return ORCD_OK;
+}
+
+orcd_status teacher_run(teacher *t, const int32_t *ids, int64_t n, int64_t first, teacher_fn fn, void *ctx,
+                        orcd_error *err) {
+    int64_t pos;
+    const float *logits;
+    ORCD_TRY(teacher_start(t, ids, n, first, err));
+    for (;;) {
+        ORCD_TRY(teacher_next(t, &pos, &logits, err));
+        if (!logits || !fn(ctx, pos, logits))
+            return ORCD_OK;
+    }
 }
