@@ -6,10 +6,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 #include <cmocka.h>
 
 #include "base/rng.h"
 #include "engine/sampler.h"
+#include "engine/softmax.h"
 
 #define N_REAL 201088
 
@@ -406,8 +408,112 @@ static void logprobs__sum_to_one_and_are_ordered(void **state) {
     assert_true(fabsf(lp + 0.6931472f) < 1e-6f && top_id[0] == 0 && top_id[1] == 1 && top_id[2] == -1);
 }
 
-int main(void) {
+/* ---- the same bits on every machine ---- */
+
+static void same_passes(const softmax_ops *a, const softmax_ops *b, const float *x, int32_t n, float inv_t) {
+    enum { BLOCKS = 16 };
+    float pa[BLOCKS], pb[BLOCKS], ea[SOFTMAX_BLOCK], eb[SOFTMAX_BLOCK];
+    double ma[BLOCKS], mb[BLOCKS];
+    uint32_t ra[SOFTMAX_BLOCK / 32], rb[SOFTMAX_BLOCK / 32];
+    size_t blocks = (size_t)(n - 1) / SOFTMAX_BLOCK + 1;
+    float max = a->peaks(x, n, pa);
+    assert_true(max == b->peaks(x, n, pb) && max == a->peaks(x, n, NULL));
+    assert_memory_equal(pa, pb, blocks * sizeof *pa);
+    double sum = a->sum(x, n, max, inv_t, ma), again = b->sum(x, n, max, inv_t, mb), exact = 0;
+    assert_memory_equal(&sum, &again, sizeof sum);
+    assert_memory_equal(ma, mb, blocks * sizeof *ma);
+    for (int32_t i = 0; i < n; i++)
+        exact += exp((double)((x[i] - max) * inv_t));
+    assert_true(fabs(sum / exact - 1) < 1e-6);
+    for (int32_t at = 0; at < n; at += SOFTMAX_BLOCK) {
+        int len = n - at < SOFTMAX_BLOCK ? n - at : SOFTMAX_BLOCK;
+        a->weights(x + at, len, max, inv_t, ea);
+        b->weights(x + at, len, max, inv_t, eb);
+        assert_memory_equal(ea, eb, sizeof ea);
+        a->reach(x + at, len, x[at], ra);
+        b->reach(x + at, len, x[at], rb);
+        assert_memory_equal(ra, rb, sizeof ra);
+        for (int i = 0; i < SOFTMAX_BLOCK; i++) {
+            double want = i < len ? exp((double)((x[at + i] - max) * inv_t)) : 0;
+            assert_true(want < 1.5e-38 ? ea[i] < 1.5e-38f : fabs(ea[i] / want - 1) < 3e-7);
+            assert_int_equal(ra[i / 32] >> (i % 32) & 1, i < len && x[at + i] >= x[at]);
+        }
+    }
+}
+
+static void softmax__every_tier_gives_the_bits_of_portable_c(void **state) {
+    (void)state;
+    const int length[] = {1, 3, 15, 16, 17, 255, 256, 257, 511, 600, 4096};
+    for (int tier = CPU_PORTABLE; tier <= (int)cpu_tier_best(); tier++) {
+        for (size_t k = 0; k < ORCD_COUNT(length); k++) {
+            int n = length[k];
+            const softmax_ops *ops = softmax_for((cpu_tier)tier);
+            float *x = gaussian(n, k, k % 2 ? 2 : 30); /* wide enough that some exponentials vanish */
+            for (float inv_t = 0.01f; inv_t < 200; inv_t *= 7)
+                same_passes(&softmax_portable, ops, x, n, inv_t);
+            x[n / 2] = -INFINITY;
+            x[n - 1] = 3;
+            same_passes(&softmax_portable, ops, x, n, 1);
+            for (int i = 0; i < n; i += n / 16 + 1) {
+                float keep = x[i];
+                x[i] = NAN;
+                assert_true(isnan(ops->peaks(x, n, NULL)));
+                x[i] = keep;
+            }
+            free(x);
+        }
+    }
+}
+
+/* A hash of many draws, for a process of its own: the tier is chosen once. */
+static int print_hash(void) {
+    enum { N = 50257, DRAWS = 300 };
+    float *x = gaussian(N, 77, 2.5f), lp, top[5];
+    int32_t top_id[5];
+    samp *s = open_for(N);
+    uint64_t hash = 14695981039346656037u;
+    for (int i = 0; i < DRAWS; i++) {
+        samp_params p = SAMP_DEFAULTS;
+        p.seed = (uint64_t)i;
+        p.temperature = 0.5f + (float)(i % 7) / 4;
+        p.top_p = i % 3 == 1 ? 0.8f : 1;
+        p.top_k = i % 4 == 2 ? 50 : 0;
+        p.min_p = i % 5 == 3 ? 0.03f : 0;
+        int32_t id = draw(s, x, &p, (uint64_t)i);
+        samp_logprobs(x, N, id, &lp, 5, top_id, top);
+        uint32_t bits;
+        memcpy(&bits, &lp, sizeof bits);
+        hash = ((hash ^ (uint32_t)id) * 1099511628211u ^ bits) * 1099511628211u;
+    }
+    printf("%016llx\n", (unsigned long long)hash);
+    samp_close(s);
+    free(x);
+    return 0;
+}
+
+static void draw__every_value_of_ORCD_CPU_draws_the_same(void **state) {
+    (void)state;
+    const char *const tier[] = {"portable", "avx2", "avxvnni", "avx512", "amx"};
+    char self[4096] = {0}, command[4200], first[64] = {0}, line[64];
+    assert_true(readlink("/proc/self/exe", self, sizeof self - 1) > 0);
+    for (size_t i = 0; i < ORCD_COUNT(tier); i++) {
+        snprintf(command, sizeof command, "ORCD_CPU=%s '%s' hash", tier[i], self);
+        FILE *f = popen(command, "r");
+        assert_non_null(f);
+        assert_non_null(fgets(line, sizeof line, f));
+        assert_int_equal(pclose(f), 0);
+        if (i == 0)
+            strcpy(first, line);
+        assert_string_equal(line, first);
+    }
+}
+
+int main(int argc, char **argv) {
+    if (argc == 2 && strcmp(argv[1], "hash") == 0)
+        return print_hash();
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(softmax__every_tier_gives_the_bits_of_portable_c),
+        cmocka_unit_test(draw__every_value_of_ORCD_CPU_draws_the_same),
         cmocka_unit_test(draw__a_million_follow_the_softmax),
         cmocka_unit_test(draw__every_filter_follows_its_definition),
         cmocka_unit_test(draw__ties_go_to_the_lower_id),

@@ -1,5 +1,6 @@
-/* Exact sampling without a full sort. One pass finds the maximum of every block of 256 logits; those maxima bound
- * the k-th best value from below and let later passes skip blocks, so that only a few candidates are ever ordered. */
+/* Exact sampling without a full sort. One pass (softmax.h) finds the maximum of every block of 256 logits; those maxima
+ * bound the k-th best value from below and let later passes skip blocks, so that only a few candidates are ever
+ * ordered. */
 #include "engine/sampler.h"
 
 #include <math.h>
@@ -8,13 +9,7 @@
 #include <string.h>
 
 #include "base/rng.h"
-
-#define BLOCK 256
-#define LANES 4
-
-typedef float vecf __attribute__((vector_size(LANES * 4)));
-typedef float vecf_any __attribute__((vector_size(LANES * 4), aligned(4), may_alias)); /* in memory, unaligned */
-typedef int32_t veci __attribute__((vector_size(LANES * 4)));
+#include "engine/softmax.h"
 
 typedef struct cand {
     float x; /* logit */
@@ -23,6 +18,7 @@ typedef struct cand {
 } cand;
 
 struct samp {
+    const softmax_ops *ops;
     int32_t n_vocab, n_block;
     float *work;     /* [n_vocab]: logits after bias, penalties and mask */
     uint32_t *count; /* [n_vocab]: all zero between draws */
@@ -51,8 +47,9 @@ orcd_status samp_open(int32_t n_vocab, samp **out, orcd_error *err) {
     samp *s = calloc(1, sizeof *s);
     if (!s)
         goto oom;
+    s->ops = softmax_for(cpu_tier_best());
     s->n_vocab = n_vocab;
-    s->n_block = (n_vocab - 1) / BLOCK + 1;
+    s->n_block = (n_vocab - 1) / SOFTMAX_BLOCK + 1;
     s->work = malloc((size_t)n_vocab * sizeof *s->work);
     s->count = calloc((size_t)n_vocab, sizeof *s->count);
     s->peak = malloc((size_t)s->n_block * sizeof *s->peak);
@@ -68,117 +65,16 @@ oom:
     return orcd_fail(err, ORCD_ERR_NOMEM, "no memory for a sampler over %d tokens", n_vocab);
 }
 
-/* ---- passes over the vocabulary ---- */
-
-static inline vecf load(const float *x) { return *(const vecf_any *)x; }
-static inline vecf pick(veci mask, vecf a, vecf b) { return (vecf)(((veci)a & mask) | ((veci)b & ~mask)); }
-static inline vecf larger(vecf a, vecf b) { return pick(a > b, a, b); }
-
-/* Maximum of n values, NaN when one of them is. */
-static float max_of(const float *x, int n) {
-    const vecf low = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-    vecf m[4] = {low, low, low, low};
-    veci nan[4] = {{0}};
-    int i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES) {
-        for (int k = 0; k < 4; k++) { /* four chains hide the latency */
-            vecf v = load(x + i + k * LANES);
-            nan[k] |= v != v;
-            m[k] = larger(v, m[k]);
-        }
-    }
-    vecf top = larger(larger(m[0], m[1]), larger(m[2], m[3]));
-    veci any = nan[0] | nan[1] | nan[2] | nan[3];
-    float max = -INFINITY;
-    bool bad = false;
-    for (int j = 0; j < LANES; j++) {
-        bad |= any[j] != 0;
-        max = top[j] > max ? top[j] : max;
-    }
-    for (; i < n; i++) {
-        bad |= x[i] != x[i];
-        max = x[i] > max ? x[i] : max;
-    }
-    return bad ? NAN : max;
-}
-
 static int block_len(int32_t n_vocab, int b) {
-    int rest = n_vocab - b * BLOCK;
-    return rest < BLOCK ? rest : BLOCK;
-}
-
-/* Fill peak (may be NULL); the maximum of all, NaN when any logit is. */
-static float peaks(const float *x, int32_t n, float *peak) {
-    float m = -INFINITY;
-    bool bad = false;
-    for (int b = 0; b * BLOCK < n; b++) {
-        float v = max_of(x + b * BLOCK, block_len(n, b));
-        bad |= v != v;
-        m = v > m ? v : m;
-        if (peak)
-            peak[b] = v;
-    }
-    return bad ? NAN : m;
-}
-
-/* exp of values <= 0: 2^k times a polynomial in the rest, relative error below 2e-7; 0 below -87. */
-static inline vecf exp_neg(vecf x) {
-    const float log2e = 1.44269504f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f, round = 12582912.0f;
-    veci tiny = x < -87.0f;
-    x = pick(tiny, (vecf){0}, x); /* -inf must not reach the arithmetic below */
-    vecf k = (x * log2e + round) - round;
-    vecf r = x - k * ln2_hi - k * ln2_lo;
-    vecf p = r * 1.9875691e-4f + 1.3981999e-3f;
-    p = p * r + 8.3334519e-3f;
-    p = p * r + 4.1665796e-2f;
-    p = p * r + 1.6666666e-1f;
-    p = p * r + 5.0000001e-1f;
-    p = p * r * r + r + 1.0f;
-    veci bits = (__builtin_convertvector(k, veci) + 127) << 23;
-    vecf scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return pick(tiny, (vecf){0}, p * scale);
-}
-
-/* e[i] = exp((x[i] - max) * inv_t) for n <= BLOCK values; e is padded with zeros to whole vectors. Their sum. */
-static double exp_block(const float *x, int n, float max, float inv_t, float e[BLOCK]) {
-    vecf sum = {0};
-    for (int i = 0; i < n; i += LANES) {
-        vecf v;
-        if (i + LANES <= n) {
-            v = load(x + i);
-        } else {
-            for (int j = 0; j < LANES; j++)
-                v[j] = i + j < n ? x[i + j] : -INFINITY;
-        }
-        v = exp_neg((v - max) * inv_t);
-        *(vecf_any *)(e + i) = v;
-        sum += v;
-    }
-    double total = 0;
-    for (int j = 0; j < LANES; j++)
-        total += sum[j];
-    return total;
-}
-
-/* Sum of exp((x - max) / T) over the vocabulary; mass of each block where asked for. */
-static double exp_sum(const float *x, int32_t n, float max, float inv_t, double *mass) {
-    float e[BLOCK];
-    double total = 0;
-    for (int b = 0; b * BLOCK < n; b++) {
-        double m = exp_block(x + b * BLOCK, block_len(n, b), max, inv_t, e);
-        if (mass)
-            mass[b] = m;
-        total += m;
-    }
-    return total;
+    int rest = n_vocab - b * SOFTMAX_BLOCK;
+    return rest < SOFTMAX_BLOCK ? rest : SOFTMAX_BLOCK;
 }
 
 static int32_t first_equal(const float *x, int32_t n, const float *peak, float value) {
     int b = 0;
     while (peak[b] != value)
         b++;
-    for (int32_t i = b * BLOCK; i < n; i++)
+    for (int32_t i = b * SOFTMAX_BLOCK; i < n; i++)
         if (x[i] == value)
             return i;
     return -1;
@@ -186,14 +82,23 @@ static int32_t first_equal(const float *x, int32_t n, const float *peak, float v
 
 /* All logits >= bound, in order of id. */
 static int collect(const samp *s, const float *x, float max, float inv_t, float bound) {
+    float e[SOFTMAX_BLOCK];
+    uint32_t bits[SOFTMAX_BLOCK / 32];
     int n = 0;
     for (int b = 0; b < s->n_block; b++) {
-        if (s->peak[b] < bound)
+        if (s->peak[b] < bound || s->peak[b] == -INFINITY)
             continue;
-        int32_t end = b * BLOCK + block_len(s->n_vocab, b);
-        for (int32_t i = b * BLOCK; i < end; i++)
-            if (x[i] >= bound && x[i] > -INFINITY)
-                s->cand[n++] = (cand){x[i], expf((x[i] - max) * inv_t), i};
+        const float *block = x + b * SOFTMAX_BLOCK;
+        int len = block_len(s->n_vocab, b);
+        s->ops->reach(block, len, bound, bits);
+        s->ops->weights(block, len, max, inv_t, e);
+        for (int w = 0; w < SOFTMAX_BLOCK / 32; w++) {
+            for (uint32_t rest = bits[w]; rest; rest &= rest - 1) {
+                int i = w * 32 + __builtin_ctz(rest);
+                if (block[i] > -INFINITY)
+                    s->cand[n++] = (cand){block[i], e[i], b * SOFTMAX_BLOCK + i};
+            }
+        }
     }
     return n;
 }
@@ -285,15 +190,15 @@ static float bound_of_k(samp *s, int k) {
 
 /* Inverse of the cumulative distribution over the whole vocabulary, in order of id. */
 static int32_t draw_all(samp *s, const float *x, float max, float inv_t, double u) {
-    double goal = u * exp_sum(x, s->n_vocab, max, inv_t, s->mass);
+    double goal = u * s->ops->sum(x, s->n_vocab, max, inv_t, s->mass);
     int b = 0;
     for (; b + 1 < s->n_block && goal >= s->mass[b]; b++)
         goal -= s->mass[b];
     while (s->mass[b] == 0) /* rounding took the goal past the last block that has any mass */
         b--;
-    float e[BLOCK];
+    float e[SOFTMAX_BLOCK];
     int n = block_len(s->n_vocab, b), last = 0;
-    exp_block(x + b * BLOCK, n, max, inv_t, e);
+    s->ops->weights(x + b * SOFTMAX_BLOCK, n, max, inv_t, e);
     for (int i = 0; i < n; i++) {
         if (e[i] <= 0)
             continue;
@@ -302,7 +207,7 @@ static int32_t draw_all(samp *s, const float *x, float max, float inv_t, double 
             break;
         goal -= e[i];
     }
-    return b * BLOCK + last;
+    return b * SOFTMAX_BLOCK + last;
 }
 
 /* The first n candidates again, in order of id: the order in which every sampler, a device's too, draws. */
@@ -327,7 +232,7 @@ static int filter(samp *s, const float *x, float max, float inv_t, const samp_pa
         if (p->top_p < 1)
             n = select_best(s->cand, n, n, p->top_p * weigh(s->cand, n));
     } else if (p->top_p < 1) {
-        double target = p->top_p * exp_sum(x, s->n_vocab, max, inv_t, NULL);
+        double target = p->top_p * s->ops->sum(x, s->n_vocab, max, inv_t, NULL);
         float bound, reach = 6; /* most distributions are decided within a few nats of the best */
         do {
             bound = reach < 90 ? max - reach / inv_t : -INFINITY;
@@ -409,11 +314,11 @@ orcd_status samp_draw(samp *s, const samp_input *in, int32_t *id, orcd_error *er
     const samp_params *p = in->params;
     const float *x = in->logits;
     *id = -1;
-    float max = peaks(x, s->n_vocab, s->peak);
+    float max = s->ops->peaks(x, s->n_vocab, s->peak);
     if (max == max && wants_edit(in)) {
         edit(s, in);
         x = s->work;
-        max = peaks(x, s->n_vocab, s->peak);
+        max = s->ops->peaks(x, s->n_vocab, s->peak);
     }
     if (!isfinite(max))
         return orcd_fail(err, ORCD_ERR_INTERNAL, "numerical error: %s",
@@ -438,22 +343,32 @@ orcd_status samp_draw(samp *s, const samp_input *in, int32_t *id, orcd_error *er
     return ORCD_OK;
 }
 
+/* Into the list of the n largest so far, behind equal ones. */
+static void insert(float x, int32_t id, int *kept, int n, int32_t *top_id, float *top) {
+    int j = *kept < n ? (*kept)++ : n - 1;
+    for (; j > 0 && x > top[j - 1]; j--) {
+        top[j] = top[j - 1];
+        top_id[j] = top_id[j - 1];
+    }
+    top[j] = x;
+    top_id[j] = id;
+}
+
 void samp_logprobs(const float *logits, int32_t n_vocab, int32_t id, float *logprob, int n, int32_t *top_id,
                    float *top) {
-    float max = peaks(logits, n_vocab, NULL);
-    float lse = max + (float)log(exp_sum(logits, n_vocab, max, 1, NULL));
+    const softmax_ops *ops = softmax_for(cpu_tier_best());
+    float max = ops->peaks(logits, n_vocab, NULL);
+    float lse = max + (float)log(ops->sum(logits, n_vocab, max, 1, NULL));
     *logprob = id >= 0 && id < n_vocab ? logits[id] - lse : -INFINITY;
     int kept = 0;
-    for (int32_t i = 0; n > 0 && i < n_vocab; i++) {
-        if (kept == n && !(logits[i] > top[n - 1]))
+    for (int b = 0; n > 0 && b * SOFTMAX_BLOCK < n_vocab; b++) {
+        const float *block = logits + b * SOFTMAX_BLOCK;
+        int len = block_len(n_vocab, b);
+        if (kept == n && !(ops->peaks(block, len, NULL) > top[n - 1]))
             continue;
-        int j = kept < n ? kept++ : n - 1;
-        for (; j > 0 && logits[i] > top[j - 1]; j--) {
-            top[j] = top[j - 1];
-            top_id[j] = top_id[j - 1];
-        }
-        top[j] = logits[i];
-        top_id[j] = i;
+        for (int i = 0; i < len; i++)
+            if (kept < n || block[i] > top[n - 1])
+                insert(block[i], b * SOFTMAX_BLOCK + i, &kept, n, top_id, top);
     }
     for (int j = 0; j < kept; j++)
         top[j] -= lse;
