@@ -151,9 +151,11 @@ typedef struct eng_stats { /* a snapshot, never blocking on the engine thread */
     uint64_t n_by_stop[6];
     int pages_used[BE_N_POOLS], pages_total[BE_N_POOLS], pages_cached[BE_N_POOLS];
     uint64_t cache_hits, cache_lookups;
-    double step_s, forward_s; /* sums: time in steps, of it in the model's forward */
-    double heartbeat_age_s;   /* since the engine thread last went round its loop */
-    bool failed;              /* a sticky device error: the process should end with 74 */
+    /* Sums: time in steps; of it in the model's forward; of it in the callbacks of requests. What is left is the
+     * engine itself. */
+    double step_s, forward_s, callback_s;
+    double heartbeat_age_s; /* since the engine thread last went round its loop */
+    bool failed;            /* a sticky device error: the process should end with 74 */
 } eng_stats;
 void eng_get_stats(const eng *e, eng_stats *out);
 

@@ -54,7 +54,7 @@ typedef struct eng_counters { /* written by the engine thread, read by anyone */
     atomic_int running, waiting;
     atomic_uint_fast64_t requests, tokens_in, tokens_cached, tokens_out, steps, by_stop[ENG_STOP_ERROR + 1], hits,
         lookups;
-    atomic_uint_fast64_t step_ns, forward_ns, heartbeat_ns;
+    atomic_uint_fast64_t step_ns, forward_ns, callback_ns, heartbeat_ns;
     atomic_bool failed;
 } eng_counters;
 
@@ -98,7 +98,7 @@ struct eng {
     flight flight[2], *open;                           /* the one in hand is not `open` */
     float *logits;                                     /* [n_vocab], where the host cannot address the device */
     double decode_s, row_s;                            /* running means: a step without prefill, one more prefill row */
-    double in_model;                                   /* seconds of the step in hand that went to the model */
+    double in_model, in_callbacks;                     /* seconds of this round that went to the model, to callbacks */
     double t_ready;                                    /* when the device was last known to be done */
 };
 
@@ -114,6 +114,8 @@ orcd_status seq_new(const eng *e, const eng_request *r, seq **out, orcd_error *e
 void seq_free(seq *s);
 /* Tell on_done and free. The sequence is in no list any more. */
 void seq_end(eng *e, seq *s, eng_stop why, const orcd_error *error);
+/* Tell on_prefill how much of the prompt is done. */
+void seq_prefilled(eng *e, const seq *s);
 /* True when only the host can sample: mask, bias, penalties. */
 bool seq_draws_on_host(const seq *s);
 /* Draw the next token from the last row's logits. */

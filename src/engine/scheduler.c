@@ -42,8 +42,7 @@ static void start(eng *e, seq *s, int slot) {
     eng_count(&e->n.tokens_cached, (uint64_t)s->n_cached);
     while (s->next_boundary < s->r.n_boundary && s->r.boundary[s->next_boundary] <= (size_t)s->n_cached)
         s->next_boundary++;
-    if (s->r.on_prefill)
-        s->r.on_prefill(s->r.ctx, s->n_cached, (int32_t)s->r.n_prompt);
+    seq_prefilled(e, s);
 }
 
 /* Whatever an open step still samples for s is of no use. */
@@ -337,8 +336,8 @@ static void advance(eng *e, seq *s) {
         }
     }
     kv_slide(&e->kv, s->slot, s->n_fed);
-    if (prefill && s->r.on_prefill)
-        s->r.on_prefill(s->r.ctx, s->n_fed < n_prompt ? s->n_fed : n_prompt, n_prompt);
+    if (prefill)
+        seq_prefilled(e, s);
 }
 
 static orcd_status logits_row(eng *e, const be_act *logits, int row, const float **out, orcd_error *err) {
@@ -472,6 +471,7 @@ void *eng_loop(void *engine) {
     while (!closing) {
         wait_for_work(e, &closing, &poked);
         double now = eng_now();
+        e->in_model = e->in_callbacks = 0;
         beat(e, now);
         e->may_admit |= poked;
         sweep(e, now, closing, poked);
@@ -479,11 +479,11 @@ void *eng_loop(void *engine) {
             admit(e);
         if (e->n_running == 0)
             continue;
-        e->in_model = 0;
         step(e);
         eng_count(&e->n.steps, 1);
         eng_count(&e->n.step_ns, (uint64_t)((eng_now() - now) * 1e9));
         eng_count(&e->n.forward_ns, (uint64_t)(e->in_model * 1e9));
+        eng_count(&e->n.callback_ns, (uint64_t)(e->in_callbacks * 1e9));
     }
     if (e->disk && !atomic_load_explicit(&e->n.failed, memory_order_relaxed))
         disk_save(e->disk, eng_now() + CLOSE_SAVE_S);

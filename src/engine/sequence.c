@@ -165,6 +165,15 @@ void seq_end(eng *e, seq *s, eng_stop why, const orcd_error *error) {
     if (s->r.on_done)
         s->r.on_done(s->r.ctx, &res);
     seq_free(s);
+    e->in_callbacks += eng_now() - now;
+}
+
+void seq_prefilled(eng *e, const seq *s) {
+    int32_t n_prompt = (int32_t)s->r.n_prompt, n_done = s->n_fed < n_prompt ? s->n_fed : n_prompt;
+    double t0 = eng_now();
+    if (s->r.on_prefill)
+        s->r.on_prefill(s->r.ctx, n_done, n_prompt);
+    e->in_callbacks += eng_now() - t0;
 }
 
 /* ---- generating ---- */
@@ -191,8 +200,10 @@ static bool tell(eng *e, seq *s, eng_token *t, bool sampled, eng_stop *why) {
         s->n_told++;
         eng_count(&e->n.tokens_out, 1);
         eng_verdict v = {ENG_GO, NULL, 0};
+        double t0 = eng_now();
         if (s->r.on_token)
             v = s->r.on_token(s->r.ctx, t);
+        e->in_callbacks += eng_now() - t0;
         bool replace = v.action == ENG_REPLACE && sampled && v.n > 0;
         if (replace) {
             s->n_told = --s->n_tok;
@@ -220,6 +231,9 @@ static bool tell(eng *e, seq *s, eng_token *t, bool sampled, eng_stop *why) {
 }
 
 orcd_status seq_draw(eng *e, const seq *s, const float *logits, int32_t *id, orcd_error *err) {
+    double t0 = eng_now();
+    const uint32_t *mask = s->r.mask ? s->r.mask(s->r.ctx) : NULL;
+    e->in_callbacks += eng_now() - t0;
     samp_input in = {.logits = logits,
                      .params = &s->r.sampling,
                      .draw = (uint64_t)s->n_tok - s->r.n_prompt,
@@ -229,7 +243,7 @@ orcd_status seq_draw(eng *e, const seq *s, const float *logits, int32_t *id, orc
                      .bias_id = s->r.bias_id,
                      .bias = s->r.bias,
                      .n_bias = s->r.n_bias,
-                     .mask = s->r.mask ? s->r.mask(s->r.ctx) : NULL};
+                     .mask = mask};
     return samp_draw(e->samp, &in, id, err);
 }
 

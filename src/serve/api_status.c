@@ -58,6 +58,7 @@ static void print_engine(const server *s, const eng_stats *e, buf *out) {
     metrics_counter(out, "worker_engine_steps_total", "Steps of the engine.", (double)e->n_steps);
     metrics_counter(out, "worker_engine_step_seconds_total", "Time in steps.", e->step_s);
     metrics_counter(out, "worker_engine_forward_seconds_total", "Of it, in the model.", e->forward_s);
+    metrics_counter(out, "worker_engine_callback_seconds_total", "Of it, making and queueing answers.", e->callback_s);
     buf_str(out, "# HELP worker_kv_pages Pages of the KV memory.\n# TYPE worker_kv_pages gauge\n");
     for (int i = 0; i < BE_N_POOLS; i++)
         buf_printf(out,
