@@ -230,6 +230,10 @@ struct be_ops {
 
 /* The backends of this build: list.def. NULL when the name is none of them. */
 const be_ops *be_find(const char *name);
+/* The same for "cpu", "cuda", "cuda:1" ...; *ordinal becomes the number, or stays as it is without one. */
+const be_ops *be_named(const char *device, int *ordinal);
+/* Open what be_named finds, or for "auto" the first of cuda, cpu and ref that opens. */
+orcd_status be_open(const char *device, const be_params *p, be_device **out, orcd_error *err) ORCD_MUST_USE;
 size_t be_count(void);
 const be_ops *be_at(size_t i);
 

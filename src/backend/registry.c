@@ -1,5 +1,6 @@
 #include "backend/backend.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #define BACKEND(name) extern const be_ops be_ops_##name;
@@ -22,4 +23,39 @@ const be_ops *be_find(const char *name) {
         if (strcmp(list[i]->name, name) == 0)
             return list[i];
     return NULL;
+}
+
+const be_ops *be_named(const char *device, int *ordinal) {
+    size_t n = strcspn(device, ":");
+    for (size_t i = 0; i < be_count(); i++) {
+        if (strncmp(list[i]->name, device, n) != 0 || list[i]->name[n])
+            continue;
+        if (!device[n])
+            return list[i];
+        char *end;
+        long v = strtol(device + n + 1, &end, 10);
+        if (strcmp(list[i]->name, "cuda") != 0 || device[n + 1] < '0' || device[n + 1] > '9' || *end || v > 1023)
+            return NULL;
+        *ordinal = (int)v;
+        return list[i];
+    }
+    return NULL;
+}
+
+orcd_status be_open(const char *device, const be_params *p, be_device **out, orcd_error *err) {
+    static const char *const order[] = {"cuda", "cpu", "ref"};
+    orcd_status st = ORCD_ERR_UNSUPPORTED;
+    be_params at = *p;
+    *out = NULL;
+    if (strcmp(device, "auto") == 0) {
+        for (size_t i = 0; i < ORCD_COUNT(order) && st != ORCD_OK; i++)
+            if (be_find(order[i]))
+                st = be_find(order[i])->open(p, out, err);
+        return st;
+    }
+    const be_ops *ops = be_named(device, &at.device);
+    if (!ops)
+        return orcd_fail(err, ORCD_ERR_ARG,
+                         "device \"%s\" is none of auto, cpu, ref, cuda and cuda:N, or not in this build", device);
+    return ops->open(&at, out, err);
 }

@@ -13,12 +13,12 @@ enum { MAX_LIST = 16 };
 
 typedef struct options {
     const char *device, *prompt, *depth, *streams, *kv_type;
-    int64_t threads, chunk, gen, reps, act_bits;
+    int64_t threads, chunk, gen, reps, act_bits, cpu_experts;
     bool no_repack, json;
 } options;
 
 static const cli_option option[] = {
-    {"device", 0, CLI_CHOICE, offsetof(options, device), 0, 0, "cpu|cuda|ref", "what computes (default cpu)"},
+    {"device", 0, CLI_STR, offsetof(options, device), 0, 0, "auto|cpu|cuda[:N]|ref", "what computes (default auto)"},
     {"threads", 't', CLI_INT, offsetof(options, threads), 0, 1024, "N", "CPU threads (default: all cores)"},
     {"prompt", 'p', CLI_STR, offsetof(options, prompt), 0, 0, "N,N...", "prompt lengths (default 128,512; 0: none)"},
     {"depth", 0, CLI_STR, offsetof(options, depth), 0, 0, "N,N...", "positions before the first decoded (default 0)"},
@@ -28,6 +28,8 @@ static const cli_option option[] = {
     {"chunk", 0, CLI_INT, offsetof(options, chunk), 1, 8192, "N", "prompt tokens per step (default 2048)"},
     {"kv-type", 0, CLI_CHOICE, offsetof(options, kv_type), 0, 0, "f16|f32|f8", "precision of the KV cache"},
     {"act-bits", 0, CLI_INT, offsetof(options, act_bits), 8, 16, "8|16", "bits of the activations (cpu; default 16)"},
+    {"cpu-experts", 0, CLI_INT, offsetof(options, cpu_experts), 0, 1024, "N",
+     "experts of N layers in host memory (cuda)"},
     {"no-repack", 0, CLI_FLAG, offsetof(options, no_repack), 0, 0, "", "run from the mapped file (cpu)"},
     {"json", 0, CLI_FLAG, offsetof(options, json), 0, 0, "", "one JSON object on standard output"},
     {0},
@@ -45,6 +47,7 @@ typedef struct bench {
     be_sample *greedy;                          /* [max_tok], all zero */
     float *row;                                 /* [n_vocab] */
     double load_s;
+    uint64_t file_bytes, device_bytes; /* of weights; of everything on the device, 0 = not known */
 } bench;
 
 typedef struct result {
@@ -93,20 +96,20 @@ static orcd_status open_kv(bench *b, orcd_error *err) {
 
 static orcd_status open_model(bench *b, const char *path, orcd_error *err) {
     const options *o = b->o;
-    const be_ops *ops = be_find(o->device);
     const arch *a;
     mf_file *f = NULL;
     orcd_status st;
     bar progress;
-    if (!ops)
-        return orcd_fail(err, ORCD_ERR_ARG, "device \"%s\" is not in this build", o->device);
-    be_params params = {
-        .n_threads = (int)o->threads, .no_repack = o->no_repack, .act_bits = (int)o->act_bits, .cpu_experts = -1};
+    be_params params = {.n_threads = (int)o->threads, .no_repack = o->no_repack, .act_bits = (int)o->act_bits};
+    arch_size size;
     ORCD_TRY_GOTO(st, done, mf_open(path, &f, err));
     ORCD_TRY_GOTO(st, done, arch_identify(f, &a, err));
     ORCD_TRY_GOTO(st, done, arch_config_read(a, f, &b->cfg, err));
+    ORCD_TRY_GOTO(st, done, arch_measure(a, f, &b->cfg, &size, err));
+    b->file_bytes = size.weight_bytes;
+    b->cfg.n_host_layers = (int)o->cpu_experts < b->cfg.n_layer ? (int)o->cpu_experts : b->cfg.n_layer;
     b->n_ctx = b->n_ctx < b->cfg.n_ctx ? b->n_ctx : b->cfg.n_ctx;
-    ORCD_TRY_GOTO(st, done, ops->open(&params, &b->dev, err));
+    ORCD_TRY_GOTO(st, done, be_open(o->device, &params, &b->dev, err));
     bar_begin(&progress, "loading", "B");
     double t0 = now_s();
     st = arch_load(a, f, &b->cfg, b->dev, b->max_tok, b->max_streams, bar_update, &progress, &b->model, err);
@@ -115,6 +118,7 @@ static orcd_status open_model(bench *b, const char *path, orcd_error *err) {
     if (st != ORCD_OK)
         goto done;
     ORCD_TRY_GOTO(st, done, open_kv(b, err));
+    b->device_bytes = b->dev->ops->used ? b->dev->ops->used(b->dev) : 0;
     size_t n = (size_t)b->max_tok;
     b->token = calloc(n, sizeof *b->token);
     b->pos = calloc(n, sizeof *b->pos);
@@ -237,7 +241,8 @@ static orcd_status measure(bench *b, const char *path, orcd_error *err) {
     if (b->o->json)
         printf("{\"model\": \"%s\", \"device\": \"%s\", \"results\": [", path, device);
     else
-        printf("%s\n%s, loaded in %.1f s\n", path, device, b->load_s);
+        printf("%s\n%s, loaded in %.2f s (%.1f GB/s)\n", path, device, b->load_s,
+               1e-9 * (double)b->file_bytes / b->load_s);
     for (int i = 0; i < b->n_prompt; i++) {
         ORCD_TRY(prefill(b, b->prompt[i], &r, err));
         report(b, &first, "prefill", b->prompt[i], 0, 0, r);
@@ -251,8 +256,13 @@ static orcd_status measure(bench *b, const char *path, orcd_error *err) {
                 first_decode = r;
         }
     if (b->o->json)
-        printf("], \"prefill_tok_s\": %.3f, \"decode_tok_s\": %.3f, \"load_s\": %.3f, \"peak_rss_bytes\": %llu}\n",
-               best_prefill.median, first_decode.median, b->load_s, (unsigned long long)peak_rss_bytes());
+        printf("], \"prefill_tok_s\": %.3f, \"decode_tok_s\": %.3f, \"load_s\": %.3f, \"load_gb_s\": %.3f, "
+               "\"device_bytes\": %llu, \"peak_rss_bytes\": %llu}\n",
+               best_prefill.median, first_decode.median, b->load_s, 1e-9 * (double)b->file_bytes / b->load_s,
+               (unsigned long long)b->device_bytes, (unsigned long long)peak_rss_bytes());
+    else if (b->device_bytes)
+        printf("device memory %.2f GiB, peak resident memory %.2f GiB\n", (double)b->device_bytes / 0x1p30,
+               (double)peak_rss_bytes() / 0x1p30);
     else
         printf("peak resident memory %.2f GiB\n", (double)peak_rss_bytes() / 0x1p30);
     return ORCD_OK;
@@ -274,7 +284,7 @@ static void close_bench(bench *b) {
 }
 
 static int run(const cli_command *c, int argc, char **argv) {
-    options o = {.device = "cpu", .prompt = "128,512", .depth = "0", .streams = "1", .kv_type = "f16"};
+    options o = {.device = "auto", .prompt = "128,512", .depth = "0", .streams = "1", .kv_type = "f16"};
     o.chunk = 2048, o.gen = 32, o.reps = 3;
     bench b = {.o = &o};
     const char *rest[1];

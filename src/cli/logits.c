@@ -7,7 +7,7 @@
 #include "engine/teacher.h"
 
 typedef struct options {
-    const char *ids, *out, *backend;
+    const char *ids, *out, *device;
     bool last;
     int64_t threads, chunk;
 } options;
@@ -16,7 +16,7 @@ static const cli_option option[] = {
     {"ids", 0, CLI_STR, offsetof(options, ids), 0, 0, "FILE.i32", "little-endian int32 token ids"},
     {"out", 'o', CLI_STR, offsetof(options, out), 0, 0, "FILE.f32", "where the float32 rows go"},
     {"last", 0, CLI_FLAG, offsetof(options, last), 0, 0, "", "only the last position's row"},
-    {"backend", 0, CLI_CHOICE, offsetof(options, backend), 0, 0, "ref|cpu|cuda", "what computes (default cpu)"},
+    {"device", 0, CLI_STR, offsetof(options, device), 0, 0, "auto|cpu|cuda[:N]|ref", "what computes (default cpu)"},
     {"threads", 't', CLI_INT, offsetof(options, threads), 0, 1024, "N", "CPU threads (default: all cores)"},
     {"chunk", 0, CLI_INT, offsetof(options, chunk), 1, 4096, "N", "positions per step (default 128)"},
     {0},
@@ -48,7 +48,7 @@ static orcd_status write_logits(const options *o, teacher *t, const ids *prompt,
 }
 
 static int run(const cli_command *c, int argc, char **argv) {
-    options o = {.backend = "cpu", .chunk = 128};
+    options o = {.device = "cpu", .chunk = 128};
     const char *rest[1];
     int n_rest;
     if (!cli_parse(c, argc, argv, &o, rest, &n_rest, 1))
@@ -66,10 +66,10 @@ static int run(const cli_command *c, int argc, char **argv) {
     ORCD_TRY_GOTO(st, done, cli_read_ids(o.ids, &prompt, &err));
     bar_begin(&b, "loading", "B");
     teacher_params p = {.model = path,
-                        .backend = o.backend,
+                        .backend = o.device,
                         .device = {.n_threads = (int)o.threads},
                         /* the reference keeps keys and values exact; the others as they run */
-                        .kv_type = strcmp(o.backend, "ref") == 0 ? BE_KV_F32 : BE_KV_F16,
+                        .kv_type = strcmp(o.device, "ref") == 0 ? BE_KV_F32 : BE_KV_F16,
                         .n_ctx = (int)prompt.n,
                         .chunk = (int)o.chunk,
                         .progress = bar_update,

@@ -9,7 +9,7 @@
 #include "engine/validate.h"
 
 typedef struct options {
-    const char *backend, *tokenizer;
+    const char *device, *tokenizer;
     int64_t ctx, stride, threads;
     bool json;
 } options;
@@ -17,7 +17,7 @@ typedef struct options {
 static const cli_option option[] = {
     {"ctx", 'c', CLI_INT, offsetof(options, ctx), 2, 1 << 20, "N", "tokens per window (default 1024 or the model's)"},
     {"stride", 0, CLI_INT, offsetof(options, stride), 1, 1 << 20, "N", "tokens between windows (default ctx / 2)"},
-    {"backend", 0, CLI_CHOICE, offsetof(options, backend), 0, 0, "ref|cpu|cuda", "what computes (default cpu)"},
+    {"device", 0, CLI_STR, offsetof(options, device), 0, 0, "auto|cpu|cuda[:N]|ref", "what computes (default cpu)"},
     {"threads", 't', CLI_INT, offsetof(options, threads), 0, 1024, "N", "CPU threads (default: all cores)"},
     {"tokenizer", 0, CLI_STR, offsetof(options, tokenizer), 0, 0, "FILE", "tokenizer.json, when not beside the model"},
     {"json", 0, CLI_FLAG, offsetof(options, json), 0, 0, "", "print one JSON object"},
@@ -32,11 +32,11 @@ static void print_result(const options *o, const char *model, const char *file, 
         printf("nats per token %.5f +- %.5f\n", s->mean, nll_stderr(s));
         printf("scored         %s tokens of %s, windows of %lld every %lld\n", human_count((uint64_t)s->n, n), file,
                (long long)o->ctx, (long long)o->stride);
-        printf("speed          %.0f tokens/s on %s\n", rate, o->backend);
+        printf("speed          %.0f tokens/s on %s\n", rate, o->device);
         return;
     }
     json_t *j = json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:f}", "model", model, "file", file,
-                          "backend", o->backend, "tokens", (json_int_t)s->n, "ctx", (json_int_t)o->ctx, "stride",
+                          "backend", o->device, "tokens", (json_int_t)s->n, "ctx", (json_int_t)o->ctx, "stride",
                           (json_int_t)o->stride, "nll", s->mean, "nll_stderr", nll_stderr(s), "perplexity",
                           perplexity_of(s), "perplexity_stderr", perplexity_stderr(s), "tokens_per_second", rate);
     json_dumpf(j, stdout, JSON_INDENT(1));
@@ -45,7 +45,7 @@ static void print_result(const options *o, const char *model, const char *file, 
 }
 
 static int run(const cli_command *c, int argc, char **argv) {
-    options o = {.backend = "cpu"};
+    options o = {.device = "cpu"};
     const char *rest[2];
     int n_rest, n_ctx;
     if (!cli_parse(c, argc, argv, &o, rest, &n_rest, 2))
@@ -69,9 +69,9 @@ static int run(const cli_command *c, int argc, char **argv) {
         o.stride = o.ctx / 2;
     bar_begin(&b, "loading", "B");
     teacher_params p = {.model = rest[0],
-                        .backend = o.backend,
+                        .backend = o.device,
                         .device = {.n_threads = (int)o.threads},
-                        .kv_type = strcmp(o.backend, "ref") == 0 ? BE_KV_F32 : BE_KV_F16,
+                        .kv_type = strcmp(o.device, "ref") == 0 ? BE_KV_F32 : BE_KV_F16,
                         .n_ctx = (int)o.ctx,
                         .progress = bar_update,
                         .progress_ctx = &b};

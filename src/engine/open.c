@@ -200,17 +200,12 @@ static void tell_plan(const eng *e, const eng_params *prm, const plan *p) {
 }
 
 /* Open one backend and plan for it; on failure the device is closed again. */
-static orcd_status try_device(eng *e, const eng_params *prm, const char *name, int ordinal, be_kv_spec *spec, plan *p,
+static orcd_status try_device(eng *e, const eng_params *prm, const char *device, be_kv_spec *spec, plan *p,
                               orcd_error *err) {
     orcd_status st;
-    const be_ops *ops = be_find(name);
-    be_params bp = prm->backend;
-    if (!ops)
-        return orcd_fail(err, ORCD_ERR_UNSUPPORTED, "device \"%s\" is not in this build of orcd", name);
-    if (ordinal >= 0)
-        bp.device = ordinal;
-    ORCD_TRY(ops->open(&bp, &e->dev, err));
-    *p = (plan){.chunk = prm->chunk ? prm->chunk : default_chunk(name)};
+    ORCD_TRY(be_open(device, &prm->backend, &e->dev, err));
+    const be_ops *ops = e->dev->ops;
+    *p = (plan){.chunk = prm->chunk ? prm->chunk : default_chunk(ops->name)};
     p->max_rows = p->chunk > spec->n_slot ? p->chunk : spec->n_slot;
     spec->max_tok = p->max_rows;
     for (int pool = 0; pool < BE_N_POOLS; pool++)
@@ -233,21 +228,16 @@ done:
     return st;
 }
 
+/* "auto" is the first where the model also fits. */
 static orcd_status open_device(eng *e, const eng_params *prm, be_kv_spec *spec, plan *p, orcd_error *err) {
-    const char *want = prm->device ? prm->device : "auto";
-    char name[16];
-    int ordinal = -1;
-    if (strcmp(want, "auto") == 0) {
-        static const char *const order[] = {"cuda", "cpu", "ref"};
-        orcd_status st = ORCD_ERR_UNSUPPORTED;
-        for (size_t i = 0; i < ORCD_COUNT(order) && st != ORCD_OK; i++)
-            if (be_find(order[i]) && (i < 2 || !be_find("cpu"))) /* ref only where nothing else was built */
-                st = try_device(e, prm, order[i], -1, spec, p, err);
-        return st;
-    }
-    if (sscanf(want, "%15[a-z]:%d", name, &ordinal) < 1 || (ordinal >= 0 && strcmp(name, "cuda") != 0))
-        return orcd_fail(err, ORCD_ERR_ARG, "device \"%s\" is none of auto, cpu, ref, cuda and cuda:N", want);
-    return try_device(e, prm, name, ordinal, spec, p, err);
+    static const char *const order[] = {"cuda", "cpu", "ref"};
+    orcd_status st = ORCD_ERR_UNSUPPORTED;
+    if (prm->device && strcmp(prm->device, "auto") != 0)
+        return try_device(e, prm, prm->device, spec, p, err);
+    for (size_t i = 0; i < ORCD_COUNT(order) && st != ORCD_OK; i++)
+        if (be_find(order[i]) && (i < 2 || !be_find("cpu"))) /* ref only where nothing else was built */
+            st = try_device(e, prm, order[i], spec, p, err);
+    return st;
 }
 
 /* ---- all of it ---- */

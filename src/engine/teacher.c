@@ -40,9 +40,6 @@ orcd_status teacher_open(const teacher_params *p, teacher **out, orcd_error *err
     orcd_status st = ORCD_ERR_NOMEM;
     const arch *a;
     *out = NULL;
-    const be_ops *ops = be_find(p->backend);
-    if (!ops)
-        return orcd_fail(err, ORCD_ERR_ARG, "backend \"%s\" is not in this build", p->backend);
     teacher *t = calloc(1, sizeof *t);
     if (!t)
         return orcd_fail(err, st, "out of memory");
@@ -55,7 +52,7 @@ orcd_status teacher_open(const teacher_params *p, teacher **out, orcd_error *err
         st = orcd_fail(err, ORCD_ERR_LIMIT, "%d positions asked for; %s has 1 to %d", t->n_ctx, p->model, t->cfg.n_ctx);
         goto done;
     }
-    ORCD_TRY_GOTO(st, done, ops->open(&p->device, &t->dev, err));
+    ORCD_TRY_GOTO(st, done, be_open(p->backend, &p->device, &t->dev, err));
     ORCD_TRY_GOTO(
         st, done,
         arch_load(a, t->file, &t->cfg, t->dev, t->chunk, t->chunk, p->progress, p->progress_ctx, &t->model, err));

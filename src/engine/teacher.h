@@ -10,7 +10,7 @@ typedef struct teacher teacher;
 
 typedef struct teacher_params {
     const char *model;
-    const char *backend; /* "ref", "cpu", "cuda" */
+    const char *backend; /* "ref", "cpu", "cuda", "cuda:1", "auto" */
     be_params device;
     be_kv_type kv_type;
     int n_ctx; /* longest sequence */
