@@ -288,11 +288,9 @@ static orcd_status reserve_batch(cuda_dev *d, int max_tok, int max_out, orcd_err
         return ORCD_OK;
     cuda_graphs_drop(d, NULL); /* they read the old addresses */
     cuda_free(d, d->arr.batch);
+    if (d->arr.host_id)
+        cudaFreeHost(d->arr.host_id);
     d->arr = cuda_arrays{};
-    for (int i = 0; i < 2 && d->ids[i].host; i++) {
-        cudaFreeHost(d->ids[i].host);
-        d->ids[i].host = NULL;
-    }
     max_tok = max_tok > d->max_tok ? max_tok : d->max_tok;
     max_out = max_out > d->max_out ? max_out : d->max_out;
     d->max_tok = d->max_out = 0;
@@ -313,8 +311,9 @@ static orcd_status reserve_batch(cuda_dev *d, int max_tok, int max_out, orcd_err
     d->arr.id = (int32_t *)(p + outs * 4);
     ORCD_TRY(cuda_fill(d, d->arr.batch, 0, 256, "the batch arrays", err));
     ORCD_TRY(cuda_fill(d, d->arr.id, 0, outs * 4, "the batch arrays", err));
-    for (int i = 0; i < 2 && !d->dry; i++)
-        CUDA_TRY(d, "pinning the sampled ids", cudaMallocHost((void **)&d->ids[i].host, outs * 4));
+    if (!d->dry)
+        CUDA_TRY(d, "pinning the sampled ids", cudaMallocHost((void **)&d->arr.host_id, 2 * outs * 4));
+    d->arr.max_id = (int)outs;
     d->max_tok = max_tok;
     d->max_out = max_out;
     return ORCD_OK;

@@ -100,6 +100,7 @@ struct cuda_batch {
     int32_t n_one, n_tile; /* rows of sequences with one row; tiles of longer ones */
     int32_t off_token, off_pos, off_slot, off_out, off_map, off_one, off_tile,
         off_sample; /* in the upload, int32 units */
+    int32_t id_part; /* half of host_id that this step's ids go to */
 };
 
 struct cuda_tile { /* rows row .. row + n - 1 of one sequence */
@@ -111,7 +112,9 @@ struct cuda_arrays { /* device copies, at fixed addresses */
     int32_t *token, *pos, *slot, *out_row, *one;
     cuda_tile *tile;
     be_sample *sample;
-    int32_t *id; /* sampled by the last step, [max_out] */
+    int32_t *id;      /* sampled by the last step, [max_id] */
+    int32_t *host_id; /* the same for the host, in its memory: [2][max_id], steps in turn */
+    int max_id;
 };
 
 enum cuda_op {
@@ -158,7 +161,9 @@ struct cuda_shape {      /* what a recorded graph has fixed beside its commands 
 
 struct cuda_graph {
     cuda_graph *next;
+    cudaGraph_t graph;
     cudaGraphExec_t exec;
+    cudaGraphNode_t begin; /* its first kernel */
     cuda_kv *kv;
     cuda_shape shape;
     int n_cmd;
@@ -220,14 +225,11 @@ struct cuda_dev {
     uint64_t load_bytes_done;
     double load_seconds;
 
-    uint8_t *upload; /* device copy of the staging block */
-    size_t upload_cap;
     cuda_arrays arr;
     int max_tok, max_out;
     cuda_staging staging[CUDA_N_STAGING];
     int next_staging;
-    struct {           /* ids of the steps that `sampled` has not answered for, oldest first from id_first */
-        int32_t *host; /* pinned, [max_out] */
+    struct { /* steps that `sampled` has not answered for, oldest first from id_first */
         cudaEvent_t ready;
         int n;
     } ids[2];
@@ -259,6 +261,7 @@ struct cuda_run {
     bool pdl;
     int freq; /* table whose cos and sin are in scratch.rope, -1 none */
     float rope_scale;
+    const int32_t *upload;
     cudaError_t error;
 };
 

@@ -136,10 +136,9 @@ static void dev_close(be_device *base) {
     for (int i = 0; i < CUDA_N_FREQ; i++)
         cuda_free(d, d->freq[i].dev);
     cuda_free(d, d->flag);
-    cuda_free(d, d->upload);
+    free_host(d->arr.host_id);
     cuda_free(d, d->arr.batch);
     for (auto &ids : d->ids) {
-        free_host(ids.host);
         if (ids.ready)
             cudaEventDestroy(ids.ready);
     }

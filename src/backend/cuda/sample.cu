@@ -203,6 +203,11 @@ static __device__ uint64_t sum_chunks(draw_state *s, const draw_row &r, int per)
     return sum_of_block(all, s->part);
 }
 
+static __device__ void answer(const cuda_arrays &a, int row, int id) {
+    a.id[row] = id;
+    a.host_id[a.batch->id_part * a.max_id + row] = id;
+}
+
 static __global__ __launch_bounds__(DRAW_THREADS) void draw_kernel(cuda_arrays a, const float *logits, int n,
                                                                    const uint64_t *best) {
     extern __shared__ __align__(16) uint8_t shared[];
@@ -217,7 +222,7 @@ static __global__ __launch_bounds__(DRAW_THREADS) void draw_kernel(cuda_arrays a
     const float max = logits[(int64_t)row * n + id_of(top)];
     if (p.temperature <= 0.f || p.top_k == 1 || p.top_p <= 0.f || !isfinite(1.f / p.temperature) || !isfinite(max)) {
         if (tid == 0)
-            a.id[row] = isfinite(max) ? id_of(top) : -1;
+            answer(a, row, isfinite(max) ? id_of(top) : -1);
         return;
     }
     draw_row r = {logits + (int64_t)row * n, n, max, 1.f / p.temperature, 0, 0};
@@ -248,7 +253,7 @@ static __global__ __launch_bounds__(DRAW_THREADS) void draw_kernel(cuda_arrays a
             }
             goal -= v;
         }
-        a.id[row] = id;
+        answer(a, row, id);
     }
 }
 

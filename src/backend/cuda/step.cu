@@ -266,9 +266,11 @@ void cuda_sample(be_step *base, const be_act *logits, const be_sample *row) {
         orcd_fail(&s->error, ORCD_ERR_NOMEM, "out of memory while recording a step");
 }
 
-/* ---- the upload: one block of words, spread by the step's first kernel ---- */
+/* ---- the upload: one block of words in pinned host memory, fetched and spread by the step's first kernel: a copy
+ * engine between two steps costs more than the kernel's reads over the bus ---- */
 
-static __global__ void begin_kernel(const int32_t *up, cuda_arrays a, int32_t *table0, int32_t *table1) {
+static __global__ void begin_kernel(const int32_t *up /* in host memory */, cuda_arrays a, int32_t *table0,
+                                    int32_t *table1) {
     const cuda_batch *b = (const cuda_batch *)up;
     const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x), n = (int)(gridDim.x * blockDim.x);
     pdl_launch();
@@ -295,9 +297,9 @@ static __global__ void begin_kernel(const int32_t *up, cuda_arrays a, int32_t *t
 
 void cuda_run_begin(cuda_run *r) {
     bool pdl = r->pdl;
-    r->pdl = false; /* reads what a copy brought */
-    cuda_launch(r, begin_kernel, dim3(r->shape.rows > 256 ? 16 : 2), dim3(256), 0, (const int32_t *)r->dev->upload,
-                r->dev->arr, r->kv ? r->kv->table[0] : (int32_t *)NULL, r->kv ? r->kv->table[1] : (int32_t *)NULL);
+    r->pdl = false; /* the step before still reads what this one writes */
+    cuda_launch(r, begin_kernel, dim3(r->shape.rows > 256 ? 16 : 2), dim3(256), 0, r->upload, r->dev->arr,
+                r->kv ? r->kv->table[0] : (int32_t *)NULL, r->kv ? r->kv->table[1] : (int32_t *)NULL);
     r->pdl = pdl;
 }
 
@@ -334,14 +336,6 @@ static orcd_status staging(cuda_dev *d, size_t words, int32_t **out, orcd_error 
         CUDA_TRY(d, "pinning the batch", cudaMallocHost((void **)&st->host, words * 2 * sizeof(int32_t)));
         st->cap = words * 2;
     }
-    if (st->cap * sizeof(int32_t) > d->upload_cap) {
-        cuda_graphs_drop(d, NULL);
-        CUDA_TRY(d, "waiting for a step", cudaStreamSynchronize(d->stream));
-        cuda_free(d, d->upload);
-        d->upload_cap = 0;
-        ORCD_TRY(cuda_alloc(d, &d->upload, st->cap * sizeof(int32_t), "the batch", err));
-        d->upload_cap = st->cap * sizeof(int32_t);
-    }
     memset(st->host, 0, sizeof(cuda_batch));
     *out = st->host;
     return ORCD_OK;
@@ -356,7 +350,7 @@ static int reach_of(const be_batch *b) {
     return reach;
 }
 
-static orcd_status upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, orcd_error *err) {
+static orcd_status fill_upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, orcd_error *err) {
     const be_batch *b = &s->base.batch;
     cuda_kv *kv = (cuda_kv *)s->base.kv;
     const int n_map = kv ? kv->n_map : 0, tok = b->n_tok;
@@ -398,11 +392,7 @@ static orcd_status upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, orcd_err
     at += 3 * n_map;
     *shape = {tok > GRAPH_MAX_ROWS ? tok : bucket(tok), tok > GRAPH_MAX_ROWS ? b->n_out : bucket(b->n_out),
               h->n_one ? reach : 1, bucket(h->n_one), bucket(h->n_tile)};
-    cuda_staging *st = &d->staging[d->next_staging];
-    d->next_staging = (d->next_staging + 1) % CUDA_N_STAGING;
-    CUDA_TRY(d, "uploading the batch",
-             cudaMemcpyAsync(d->upload, host, (size_t)at * 4, cudaMemcpyHostToDevice, d->stream));
-    CUDA_TRY(d, "uploading the batch", cudaEventRecord(st->done, d->stream));
+    h->id_part = (d->id_first + d->n_id_open) % 2;
     return ORCD_OK;
 }
 
@@ -457,6 +447,8 @@ static cuda_graph *find_graph(cuda_dev *d, const cuda_step *s, const cuda_shape 
 static void free_graph(cuda_graph *g) {
     if (g->exec)
         cudaGraphExecDestroy(g->exec);
+    if (g->graph)
+        cudaGraphDestroy(g->graph);
     free(g->cmd);
     free(g);
 }
@@ -476,8 +468,8 @@ void cuda_graphs_drop(cuda_dev *d, const cuda_kv *kv) {
 
 static orcd_status record_graph(cuda_dev *d, cuda_step *s, cuda_run *r, cuda_graph **out, orcd_error *err) {
     orcd_status st = ORCD_ERR_NOMEM;
-    cudaGraph_t graph = NULL;
     cudaError_t e;
+    size_t n_root = 1;
     *out = NULL;
     while (d->n_graph >= GRAPH_MAX) {
         cuda_graph **last = &d->graphs;
@@ -503,11 +495,13 @@ static orcd_status record_graph(cuda_dev *d, cuda_step *s, cuda_run *r, cuda_gra
         goto done;
     }
     st = run_commands(d, s, r, err);
-    e = cudaStreamEndCapture(d->stream, &graph); /* also after a failure: the stream must leave capture */
+    e = cudaStreamEndCapture(d->stream, &g->graph); /* also after a failure: the stream must leave capture */
     if (st != ORCD_OK)
         goto done;
     if (e == cudaSuccess)
-        e = cudaGraphInstantiate(&g->exec, graph, 0);
+        e = cudaGraphGetRootNodes(g->graph, &g->begin, &n_root);
+    if (e == cudaSuccess)
+        e = cudaGraphInstantiate(&g->exec, g->graph, 0);
     if (e != cudaSuccess) {
         st = cuda_fail(d, e, "recording a graph", err);
         goto done;
@@ -517,11 +511,20 @@ static orcd_status record_graph(cuda_dev *d, cuda_step *s, cuda_run *r, cuda_gra
     d->n_graph++;
     g = NULL;
 done:
-    if (graph)
-        cudaGraphDestroy(graph);
     if (g)
         free_graph(g);
     return st;
+}
+
+/* A graph's first kernel reads this step's upload. */
+static cudaError_t point_graph(cuda_graph *g, const int32_t *upload) {
+    cudaKernelNodeParams p;
+    cudaError_t e = cudaGraphKernelNodeGetParams(g->begin, &p);
+    if (e != cudaSuccess)
+        return e;
+    void *arg[4] = {&upload, p.kernelParams[1], p.kernelParams[2], p.kernelParams[3]};
+    p.kernelParams = arg;
+    return cudaGraphExecKernelNodeSetParams(g->exec, g->begin, &p);
 }
 
 static orcd_status run(cuda_dev *d, cuda_step *s, orcd_error *err) {
@@ -536,25 +539,27 @@ static orcd_status run(cuda_dev *d, cuda_step *s, orcd_error *err) {
         return orcd_fail(err, ORCD_ERR_ARG, "two steps have sampled ids that were not read yet");
     if (kv && kv->failed != ORCD_OK)
         return orcd_fail(err, kv->failed, "changing the page table or copying a page failed");
-    ORCD_TRY(upload(d, s, &shape, err));
-    cuda_run r = {d, kv, d->stream, shape, d->major >= 9, -1, 0.f, cudaSuccess};
+    ORCD_TRY(fill_upload(d, s, &shape, err));
+    cuda_staging *st = &d->staging[d->next_staging];
+    d->next_staging = (d->next_staging + 1) % CUDA_N_STAGING;
+    cuda_run r = {d, kv, d->stream, shape, d->major >= 9, -1, 0.f, st->host, cudaSuccess};
     if (s->taps || s->base.batch.n_tok > GRAPH_MAX_ROWS) {
         ORCD_TRY(run_commands(d, s, &r, err));
     } else {
         cuda_graph *g = find_graph(d, s, &shape);
         if (!g)
             ORCD_TRY(record_graph(d, s, &r, &g, err));
+        CUDA_TRY(d, "starting a step", point_graph(g, st->host));
         CUDA_TRY(d, "starting a step", cudaGraphLaunch(g->exec, d->stream));
     }
+    CUDA_TRY(d, "starting a step", cudaEventRecord(st->done, d->stream));
     if (!s->samples) {
         CUDA_TRY(d, "running a step", cudaStreamSynchronize(d->stream));
         return ORCD_OK;
     }
     auto *ids = &d->ids[(d->id_first + d->n_id_open) % 2];
     ids->n = s->base.batch.n_out;
-    CUDA_TRY(d, "reading sampled ids",
-             cudaMemcpyAsync(ids->host, d->arr.id, (size_t)ids->n * 4, cudaMemcpyDeviceToHost, d->stream));
-    CUDA_TRY(d, "reading sampled ids", cudaEventRecord(ids->ready, d->stream));
+    CUDA_TRY(d, "starting a step", cudaEventRecord(ids->ready, d->stream));
     d->n_id_open++;
     return ORCD_OK;
 }
@@ -575,6 +580,6 @@ orcd_status cuda_sampled(be_device *base, int32_t *id, orcd_error *err) {
     d->id_first ^= 1;
     d->n_id_open--;
     CUDA_TRY(d, "waiting for a step", cudaEventSynchronize(ids->ready));
-    memcpy(id, ids->host, (size_t)ids->n * 4);
+    memcpy(id, d->arr.host_id + (ids - d->ids) * d->arr.max_id, (size_t)ids->n * 4);
     return ORCD_OK;
 }
