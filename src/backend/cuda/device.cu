@@ -180,7 +180,7 @@ static orcd_status dev_open(const be_params *p, be_device **out, orcd_error *err
     if (e != cudaSuccess || n == 0) {
         cudaGetLastError();
         cudaDriverGetVersion(&driver);
-        return orcd_fail(err, ORCD_ERR_DEVICE, "no CUDA device: %s; use --device cpu",
+        return orcd_fail(err, ORCD_ERR_UNSUPPORTED, "no CUDA device: %s; use --device cpu",
                          driver == 0        ? "this machine has no NVIDIA driver"
                          : e == cudaSuccess ? "the driver lists none"
                                             : cudaGetErrorString(e));
