@@ -63,7 +63,8 @@ bool cli_parse(const cli_command *c, int argc, char **argv, void *into, const ch
 int cli_fail(const orcd_error *err);
 int cli_usage(const cli_command *c, const char *fmt, ...) ORCD_PRINTF(2, 3);
 
-/* MODEL or, when NULL, the bundled one: beside the program, one folder up, or in ../share/orcd. */
+/* MODEL: a path, else the name of a pulled model; when NULL, the bundled one: beside the program, one folder up, or in
+ * ../share/orcd. */
 orcd_status cli_model_path(const char *given, char *path, size_t cap, orcd_error *err) ORCD_MUST_USE;
 
 /* The whole of a file, or of standard input for "-", NUL-terminated; free() it. */
@@ -87,9 +88,10 @@ const char *term_off(void);
 
 /* A progress bar on stderr, drawn only on a terminal, at most 20 times a second, erased by bar_end. */
 typedef struct bar {
-    const char *label, *unit; /* unit "B": bytes with rate; else counts of it with rate */
+    const char *label, *unit; /* unit "B": bytes, else counts of it; with rate and time left */
     double t0, t_drawn;
-    bool drawn;
+    uint64_t first; /* done when it began: bytes of an earlier run have no rate */
+    bool begun, drawn;
 } bar;
 void bar_begin(bar *b, const char *label, const char *unit);
 void bar_update(void *b, uint64_t done, uint64_t total);

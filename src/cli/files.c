@@ -8,10 +8,13 @@
 
 #include "arch/arch.h"
 #include "base/file.h"
+#include "cli/cache.h"
 #include "text/tokenizer.h"
 
 orcd_status cli_model_path(const char *given, char *path, size_t cap, orcd_error *err) {
     static const char *const place[] = {"models", "../models", "../share/orcd"};
+    if (given && !file_exists(given))
+        return cli_find_pulled(given, path, cap, err);
     if (given) {
         snprintf(path, cap, "%s", given);
         return ORCD_OK;

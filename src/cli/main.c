@@ -4,12 +4,16 @@
 #include <stdio.h>
 #include <string.h>
 
-extern const cli_command cmd_chat, cmd_run, cmd_serve, cmd_worker, cmd_inspect, cmd_tokenize, cmd_logits, cmd_bench,
-    cmd_convert, cmd_quantize, cmd_perplexity, cmd_verify, cmd_validate;
+#define COMMAND(name) extern const cli_command cmd_##name;
+#include "cli/list.def"
+#undef COMMAND
 
-const cli_command *const cli_commands[] = {&cmd_chat,   &cmd_run,      &cmd_serve,    &cmd_worker,   &cmd_inspect,
-                                           &cmd_bench,  &cmd_convert,  &cmd_quantize, &cmd_validate, &cmd_perplexity,
-                                           &cmd_verify, &cmd_tokenize, &cmd_logits,   NULL};
+const cli_command *const cli_commands[] = {
+#define COMMAND(name) &cmd_##name,
+#include "cli/list.def"
+#undef COMMAND
+    NULL, /* ends the list */
+};
 
 static void print_help(FILE *to) {
     fprintf(to, "orcd runs gpt-oss and GPT-2 models on CPUs and NVIDIA GPUs.\n\nusage: orcd COMMAND [ARGUMENTS]\n\n");

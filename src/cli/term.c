@@ -58,21 +58,28 @@ void bar_update(void *p, uint64_t done, uint64_t total) {
     enum { WIDTH = 28, CELL = 3 };
     bar *b = p;
     double t = now_s(), elapsed = t - b->t0;
+    if (!b->begun) {
+        b->begun = true;
+        b->first = done;
+    }
     /* nothing for what is over in a moment */
     if (!term_is_tty(STDERR_FILENO) || elapsed < 0.3 || t - b->t_drawn < 0.05 || total == 0)
         return;
     b->t_drawn = t;
     b->drawn = true;
     int full = (int)((double)WIDTH * (double)done / (double)total);
-    char cells[WIDTH * CELL + 1] = "", rate[64], amount[32];
+    char cells[WIDTH * CELL + 1] = "", rate[64], amount[32], left[32] = "";
+    double speed = (double)(done - b->first) / elapsed, rest = (double)(total - done) / speed;
     for (int i = 0; i < WIDTH; i++)
         memcpy(cells + CELL * i, i < full ? "━" : "╌", CELL + 1);
     if (strcmp(b->unit, "B") == 0)
-        snprintf(rate, sizeof rate, "%s/s", human_bytes((uint64_t)((double)done / elapsed), amount));
+        snprintf(rate, sizeof rate, "%s/s", human_bytes((uint64_t)speed, amount));
     else
-        snprintf(rate, sizeof rate, "%.0f %s/s", (double)done / elapsed, b->unit);
-    fprintf(stderr, "\r%s%-8s %s %3d %%  %s%s\033[K", term_dim(), b->label, cells,
-            (int)(100 * (double)done / (double)total), rate, term_off());
+        snprintf(rate, sizeof rate, "%.0f %s/s", speed, b->unit);
+    if (elapsed > 2 && speed > 0 && rest < 360000)
+        snprintf(left, sizeof left, rest < 100 ? "  %.0f s left" : "  %.0f min left", rest < 100 ? rest : rest / 60);
+    fprintf(stderr, "\r%s%-8s %s %3d %%  %s%s%s\033[K", term_dim(), b->label, cells,
+            (int)(100 * (double)done / (double)total), rate, left, term_off());
 }
 
 void bar_end(bar *b) {
