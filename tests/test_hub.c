@@ -76,10 +76,13 @@ static hub_tree tree_of(const char *json) {
 
 static void weights_twice_in_a_repository(void **state) {
     (void)state;
-    hub_tree t = tree_of(
-        "[" FILE_OF("model.safetensors.index.json") "," FILE_OF("config.json") "," FILE_OF("model-00001-of-00002."
-                                                                                           "safetensors") "," FILE_OF(
-            "original/model.safetensors") "," FILE_OF("metal/model.bin") "," FILE_OF("a.gguf") "]");
+    hub_tree t = tree_of("[" FILE_OF("model.safetensors.index.json") ", " FILE_OF("config.json") "]");
+    static const char *const page[] = {
+        "[" FILE_OF("original/model.safetensors") ", " FILE_OF("metal/model.bin") "]",
+        "[" FILE_OF("model-00001-of-00002.safetensors") ", " FILE_OF("a.gguf") "]",
+    };
+    for (size_t i = 0; i < ORCD_COUNT(page); i++)
+        assert_int_equal(hub_tree_add(&t, page[i], strlen(page[i]), NULL), ORCD_OK);
     const hub_entry *chosen[8];
     size_t n;
     bool folder;
