@@ -800,27 +800,80 @@ static void decode__allocates_nothing(void **state) {
 #endif
 }
 
+enum { STREAMS = 4 };
+
+/* A long prompt as it is computed, and how many tokens each stream had at each of its steps. */
+typedef struct beside {
+    job *stream[STREAMS];
+    int32_t done;
+    int told[STREAMS], n_call, most_rows, most_missed;
+    bool ended;
+} beside;
+
+static void on_long_prefill(void *ctx, int32_t done, int32_t total) {
+    beside *b = ctx;
+    (void)total;
+    if (b->n_call > 0 && done - b->done > b->most_rows) /* the first call comes before any step */
+        b->most_rows = done - b->done;
+    for (int i = 0; i < STREAMS; i++) {
+        if (b->n_call > 1 && b->told[i] > 0 && b->stream[i]->n_out != b->told[i] + 1)
+            b->most_missed++;
+        b->told[i] = b->stream[i]->n_out;
+    }
+    b->done = done;
+    b->n_call++;
+}
+
+static eng_verdict go_on(void *ctx, const eng_token *t) {
+    (void)ctx, (void)t;
+    return (eng_verdict){ENG_GO, NULL, 0};
+}
+
+static void on_long_done(void *ctx, const eng_result *r) {
+    beside *b = ctx;
+    job *first = b->stream[0];
+    (void)r;
+    pthread_mutex_lock(&first->lock);
+    b->ended = true;
+    pthread_cond_broadcast(&first->cond);
+    pthread_mutex_unlock(&first->lock);
+}
+
+/* However long a prompt is, at most one chunk of it stands between two tokens of every running stream. */
 static void long_prompt__streams_go_on_beside_it(void **state) {
     (void)state;
     static int32_t prompt[1000];
     fill_ids(prompt, 1000, 14);
-    eng *e = open_mini(5, 0);
-    job *stream[4], *big = new_job(prompt, 900, 1);
-    for (int i = 0; i < 4; i++) {
-        stream[i] = new_job(prompt + i, 5, 500);
-        stream[i]->gate_at = i == 0 ? 3 : 0;
-        submit(e, stream[i]);
+    eng *e = open_mini(STREAMS + 1, 0);
+    beside b = {0};
+    for (int i = 0; i < STREAMS; i++) {
+        b.stream[i] = new_job(prompt + i, 5, 500);
+        b.stream[i]->gate_at = i == 0 ? 3 : 0;
+        submit(e, b.stream[i]);
     }
-    wait_at_gate(stream[0]);
-    submit(e, big);
-    open_gate(stream[0]);
-    wait_for(big);
-    int steps = big->n_prefill_calls - 1, told = stream[0]->n_out;
-    assert_true(steps >= 900 / 64);
-    assert_true(told >= steps); /* a token of every stream in each of its steps */
-    for (int i = 0; i < 4; i++)
-        free_job(wait_for(stream[i]));
-    free_job(big);
+    wait_at_gate(b.stream[0]);
+    const eng_request r = {.prompt = prompt,
+                           .n_prompt = 900,
+                           .max_new = 1,
+                           .sampling = SAMP_DEFAULTS,
+                           .top_logprobs = -1,
+                           .on_token = go_on,
+                           .on_prefill = on_long_prefill,
+                           .on_done = on_long_done,
+                           .ctx = &b};
+    orcd_error err;
+    eng_ticket ticket;
+    assert_int_equal(eng_submit(e, &r, &ticket, &err), ORCD_OK);
+    open_gate(b.stream[0]);
+    pthread_mutex_lock(&b.stream[0]->lock);
+    while (!b.ended)
+        pthread_cond_wait(&b.stream[0]->cond, &b.stream[0]->lock);
+    pthread_mutex_unlock(&b.stream[0]->lock);
+    assert_true(b.n_call > 890 / 64);
+    assert_true(b.most_rows > 0 && b.most_rows <= 64);
+    assert_int_equal(b.most_missed, 0);
+    for (int i = 0; i < STREAMS; i++)
+        free_job(wait_for(b.stream[i]));
     eng_close(e);
 }
 

@@ -11,6 +11,7 @@ import time
 import unittest
 
 from common import MODEL, ORCD, WORKER_ID, Orcd, free_port, in_threads
+from timing import assert_within
 
 
 def setUpModule():
@@ -177,23 +178,26 @@ class Validation(unittest.TestCase):
 
 class Cancel(unittest.TestCase):
     def test_cancel_within_100_ms_200_times(self):
-        took = []
-        for i in range(200):
-            job = f"cancel-{i}"
-            s = worker.stream("/execute", {"job_id": job, "prompt": "Once upon a time", "max_tokens": 2048, "seed": i})
-            events = iter(s)
-            for _ in range(1 + i % 5):
-                next(events)
-            t0 = time.monotonic()
-            self.assertEqual(worker.post("/cancel", {"job_id": job})[0], 202)
-            name, last = list(events)[-1]
-            took.append(time.monotonic() - t0)
-            s.close()
-            self.assertEqual((name, last["code"], last["retriable"]), ("error", "CANCELLED", False))
-        took.sort()
-        print(f"cancel to end of stream: median {took[100] * 1e3:.1f} ms, 95 % {took[190] * 1e3:.1f} ms, "
-              f"longest {took[-1] * 1e3:.1f} ms")
-        self.assertLess(took[190], 0.1)
+        def longest():
+            took = []
+            for i in range(200):
+                job = f"cancel-{i}"
+                s = worker.stream("/execute", {"job_id": job, "prompt": "Once upon a time", "max_tokens": 2048,
+                                               "seed": i})
+                events = iter(s)
+                for _ in range(1 + i % 5):
+                    next(events)
+                t0 = time.monotonic()
+                self.assertEqual(worker.post("/cancel", {"job_id": job})[0], 202)
+                name, last = list(events)[-1]
+                took.append(time.monotonic() - t0)
+                s.close()
+                self.assertEqual((name, last["code"], last["retriable"]), ("error", "CANCELLED", False))
+            took.sort()
+            print(f"cancel to end of stream: median {took[100] * 1e3:.1f} ms, 95 % {took[190] * 1e3:.1f} ms")
+            return took[-1]
+
+        assert_within(self, 0.1, longest, "cancel to the end of the stream, of 200", [worker.pid])
         worker.wait_idle()
 
     def test_cancel_in_the_queue_is_a_status(self):
