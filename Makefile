@@ -55,7 +55,7 @@ endif
 TESTS := $(sort $(wildcard tests/test_*.c))
 TESTBIN := $(TESTS:tests/%.c=$B/tests/%)
 
-.PHONY: all run bench test fuzz fuzz-programs lint format deps clean install test-cuda
+.PHONY: all run bench test fuzz fuzz-programs lint format deps clean install test-cuda test-cuda-sanitize
 
 all: deps $B/orcd $B/liborcd.a
 	$(Q)ln -sf $B/orcd orcd
@@ -114,9 +114,15 @@ $B/fuzz_%: $B/fuzz/fuzz_%.o $B/liborcd.a
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
 
 # On a machine with a GPU: the backend against the reference, golden logits, the demo model against the CPU.
-CUDA_TESTS := test_ops test_ops_sequence
+CUDA_TESTS := test_ops test_ops_sequence test_decode test_plan
 test-cuda: $(CUDA_TESTS:%=$B/tests/%) $B/tests/test_golden
 	$(Q)for t in $(CUDA_TESTS); do $B/tests/$$t cuda || exit 1; done; $B/tests/test_golden
+
+# The same operations under compute-sanitizer, and the fused step on one layer: half an hour.
+test-cuda-sanitize: $(CUDA_TESTS:%=$B/tests/%)
+	$(Q)for tool in memcheck initcheck racecheck; do for t in "test_ops cuda" "test_ops_sequence cuda" "test_decode cuda quick"; do \
+	    echo "$$tool: $$t"; compute-sanitizer --tool $$tool --error-exitcode 9 $B/tests/$$t >$B/tests/sanitize.log 2>&1 || \
+	    { tail -40 $B/tests/sanitize.log; exit 1; }; done; done
 
 lint:
 	$(Q)tools/lint

@@ -99,7 +99,7 @@ struct cuda_batch {
     int32_t n_tok, n_out, n_map;
     int32_t n_one, n_tile; /* rows of sequences with one row; tiles of longer ones */
     int32_t off_token, off_pos, off_slot, off_out, off_map, off_one, off_tile,
-        off_sample; /* in the upload, int32 units */
+        off_sample;  /* in the upload, int32 units */
     int32_t id_part; /* half of host_id that this step's ids go to */
 };
 
@@ -245,6 +245,7 @@ struct cuda_dev {
     int n_freq;
 
     struct cuda_decode *decode; /* decode.cu's own */
+    int n_fused;                /* steps recorded with its kernels */
     cuda_graph *graphs;
     int n_graph;
     cuda_step step; /* one at a time */
@@ -321,6 +322,9 @@ void cuda_gather_out(be_step *s, const be_act *x, be_act *y);
 void cuda_tap(be_step *s, const char *name, int layer, const be_act *a, be_tap_fn fn, void *ctx);
 void cuda_sample(be_step *s, const be_act *logits, const be_sample *row);
 orcd_status cuda_sampled(be_device *d, int32_t *id, orcd_error *err);
+
+/* For tests, which must know that the fused step is what they tested. */
+int cuda_n_fused(const be_device *d);
 }
 void cuda_loaded(cuda_dev *d);
 void cuda_graphs_drop(cuda_dev *d, const cuda_kv *kv); /* NULL: all */

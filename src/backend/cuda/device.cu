@@ -85,6 +85,8 @@ orcd_status cuda_fill(cuda_dev *d, void *p, int value, size_t bytes, const char 
     return ORCD_OK;
 }
 
+extern "C" int cuda_n_fused(const be_device *base) { return ((const cuda_dev *)base)->n_fused; }
+
 static uint64_t dev_used(be_device *base) { return ((cuda_dev *)base)->used; }
 
 static orcd_status dev_resident(be_device *base, orcd_error *err) {

@@ -421,6 +421,7 @@ static void (*const launcher[])(cuda_run *, const cuda_cmd *) = {
 static orcd_status run_commands(cuda_dev *d, cuda_step *s, cuda_run *r, orcd_error *err) {
     cuda_run_begin(r);
     const bool fused = r->shape.rows == 1 && !s->taps && cuda_decode_run(r, s->cmd, s->n_cmd);
+    d->n_fused += fused;
     for (int i = 0; i < s->n_cmd && !fused; i++) {
         if (s->cmd[i].op == CUDA_OP_TAP)
             ORCD_TRY(run_tap(d, &s->cmd[i], err));

@@ -1,0 +1,370 @@
+/* One row a step, as decoding goes, against whole prompts and against the composition of single operations: the same
+ * bits. Shapes are gpt-oss's own (20b's, 120b's 128 experts, other numbers of heads), so that the CUDA backend's fused
+ * step must be what runs, and small ones and GPT-2's for every backend.
+ *
+ *     test_decode                 small shapes, every backend that opens
+ *     test_decode BACKEND         all shapes
+ *     test_decode BACKEND quick   one layer of each kind, few positions: for compute-sanitizer */
+#include "ops.h"
+
+#ifdef ORCD_CUDA
+extern int cuda_n_fused(const be_device *d); /* steps that the fused kernels recorded */
+#else
+static int cuda_n_fused(const be_device *d) { return d ? 0 : 1; }
+#endif
+
+enum { MAX_LAYER = 2, CTX = 1088, STEP = 512, WINDOW = 128, TOP = 4 };
+
+typedef struct shape {
+    const char *name;
+    bool gpt2, big, fused; /* fused: the CUDA backend must run it by its fused kernels */
+    q_type dense;
+    int n_embd, n_head, n_kv_head, n_ff, n_expert, n_vocab;
+    bool sinks, bias;
+} shape;
+
+static const shape shapes[] = {
+    {"small, with experts", false, false, false, Q_BF16, 160, 8, 2, 96, 8, 50, true, true},
+    {"small GPT-2", true, false, false, Q_F16, 128, 2, 2, 512, 0, 70, false, true},
+    {"20b, Q8_0", false, true, true, Q_Q8_0, 2880, 64, 8, 2880, 32, 1007, true, true},
+    {"20b, BF16", false, true, true, Q_BF16, 2880, 64, 8, 2880, 32, 208, true, true},
+    {"120b, Q8_0", false, true, true, Q_Q8_0, 2880, 64, 8, 2880, 128, 33, true, true},
+    {"56 heads, no sinks", false, true, true, Q_Q8_0, 2880, 56, 7, 2880, 32, 16, false, true},
+    {"no biases", false, true, true, Q_BF16, 2880, 64, 8, 2880, 32, 40, true, false},
+    {"20b, F16 and Q4_0", false, true, false, Q_Q4_0, 2880, 64, 8, 2880, 32, 100, true, true},
+    {"GPT-2 124M", true, true, false, Q_Q8_0, 768, 12, 12, 3072, 0, 500, false, true},
+};
+
+static bool quick;
+
+/* ---- a model of the shape ---- */
+
+typedef struct block {
+    be_load norm[2], norm_bias[2], qkv, sinks, out, router, gate_up, down, up;
+} block;
+
+typedef struct model {
+    const shape *s;
+    int n_layer;
+    op_memory memory;
+    be_load embed, pos, last, last_bias, head;
+    block layer[MAX_LAYER];
+} model;
+
+/* Experts as windows into one matrix, 16 rows apart: as many as wanted, of little memory. */
+static void add_expert_part(be_load *l, const shape *s, op_memory *m, uint64_t *seed, int n_row, int n_col) {
+    const uint64_t shift = 16, n_mat = (uint64_t)s->n_expert, rows = (uint64_t)n_row;
+    int i = l->n_part++;
+    mf_tensor t =
+        op_random_tensor(m, seed, Q_MXFP4, 1, rows + (n_mat - 1) * shift, (uint64_t)n_col, 1 / sqrtf((float)n_col));
+    t.n_mat = n_mat;
+    t.n_row = rows;
+    t.data = NULL; /* only its view says where it lies */
+    t.view.mat_bytes = shift * t.view.row_bytes;
+    l->part[i] = t;
+    l->has_bias[i] = s->bias;
+    if (s->bias)
+        l->bias[i] = op_random_tensor(m, seed, Q_F32, 1, n_mat, rows, 0.3f);
+}
+
+static void make_layer(block *l, const shape *s, op_memory *m, uint64_t *seed) {
+    const uint64_t embd = (uint64_t)s->n_embd, q = (uint64_t)s->n_head * 64, kv = (uint64_t)s->n_kv_head * 64;
+    *l = (block){.qkv.use = BE_USE_LINEAR, .out.use = BE_USE_LINEAR, .router.use = BE_USE_LINEAR};
+    for (int i = 0; i < 2; i++) {
+        l->norm[i] = op_vector(m, seed, Q_F32, embd, 1, 0.2f);
+        l->norm_bias[i] = op_vector(m, seed, Q_F32, embd, 0, 0.2f);
+    }
+    op_add_part(&l->qkv, m, seed, s->dense, 1, q, embd, s->bias);
+    op_add_part(&l->qkv, m, seed, s->dense, 1, kv, embd, s->bias);
+    op_add_part(&l->qkv, m, seed, s->dense, 1, kv, embd, s->bias);
+    op_add_part(&l->out, m, seed, s->dense, 1, embd, q, s->bias);
+    l->sinks = op_vector(m, seed, Q_F32, (uint64_t)s->n_head, 0, 1);
+    if (s->gpt2) {
+        l->up.use = l->down.use = BE_USE_LINEAR;
+        op_add_part(&l->up, m, seed, s->dense, 1, (uint64_t)s->n_ff, embd, s->bias);
+        op_add_part(&l->down, m, seed, s->dense, 1, embd, (uint64_t)s->n_ff, s->bias);
+        return;
+    }
+    op_add_part(&l->router, m, seed, Q_F32, 1, (uint64_t)s->n_expert, embd, s->bias);
+    l->gate_up.use = BE_USE_GATE_UP;
+    l->down.use = BE_USE_DOWN;
+    add_expert_part(&l->gate_up, s, m, seed, s->n_ff, s->n_embd);
+    add_expert_part(&l->gate_up, s, m, seed, s->n_ff, s->n_embd);
+    add_expert_part(&l->down, s, m, seed, s->n_embd, s->n_ff);
+}
+
+static void make_model(model *m, const shape *s) {
+    uint64_t seed = 77, embd = (uint64_t)s->n_embd;
+    *m = (model){.s = s, .n_layer = quick && s->big ? 1 : MAX_LAYER};
+    m->embed.use = m->pos.use = BE_USE_EMBED;
+    m->embed.n_part = m->pos.n_part = 1;
+    m->embed.part[0] = op_random_tensor(&m->memory, &seed, s->dense, 1, (uint64_t)s->n_vocab, embd, 1);
+    m->pos.part[0] = op_random_tensor(&m->memory, &seed, Q_F32, 1, CTX, embd, 0.3f);
+    m->last = op_vector(&m->memory, &seed, Q_F32, embd, 1, 0.2f);
+    m->last_bias = op_vector(&m->memory, &seed, Q_F32, embd, 0, 0.2f);
+    m->head.use = BE_USE_LINEAR;
+    op_add_part(&m->head, &m->memory, &seed, s->dense, 1, (uint64_t)s->n_vocab, embd, false);
+    for (int i = 0; i < m->n_layer; i++)
+        make_layer(&m->layer[i], s, &m->memory, &seed);
+}
+
+/* ---- the same on a device ---- */
+
+typedef struct loaded {
+    op_bench *b;
+    const model *m;
+    be_weight *embed, *pos, *last, *last_bias, *head;
+    struct {
+        be_weight *norm[2], *norm_bias[2], *qkv, *sinks, *out, *router, *gate_up, *down, *up;
+    } layer[MAX_LAYER];
+    be_act *x, *tmp, *qkv, *att, *hidden, *route, *rows, *normed, *logits;
+    bool tap;
+} loaded;
+
+static be_weight *load_if(op_bench *b, const be_load *l) { return l->n_part ? op_load(b, l) : NULL; }
+
+static loaded load_model(op_bench *b, const model *m) {
+    static const int window[MAX_LAYER] = {WINDOW, 0};
+    const shape *s = m->s;
+    loaded l = {.b = b, .m = m, .embed = op_load(b, &m->embed), .last = op_load(b, &m->last)};
+    l.last_bias = op_load(b, &m->last_bias);
+    l.head = op_load(b, &m->head);
+    l.pos = s->gpt2 ? op_load(b, &m->pos) : NULL;
+    for (int i = 0; i < m->n_layer; i++) {
+        const block *k = &m->layer[i];
+        for (int n = 0; n < 2; n++) {
+            l.layer[i].norm[n] = op_load(b, &k->norm[n]);
+            l.layer[i].norm_bias[n] = s->gpt2 ? op_load(b, &k->norm_bias[n]) : NULL;
+        }
+        l.layer[i].qkv = op_load(b, &k->qkv);
+        l.layer[i].sinks = s->sinks ? op_load(b, &k->sinks) : NULL;
+        l.layer[i].out = op_load(b, &k->out);
+        l.layer[i].router = load_if(b, &k->router);
+        l.layer[i].gate_up = load_if(b, &k->gate_up);
+        l.layer[i].down = op_load(b, &k->down);
+        l.layer[i].up = load_if(b, &k->up);
+    }
+    l.x = op_act(b, BE_ACT_F32, STEP, s->n_embd, NULL);
+    l.tmp = op_act(b, BE_ACT_FREE, STEP, s->n_embd, NULL);
+    l.qkv = op_act(b, BE_ACT_FREE, STEP, (s->n_head + 2 * s->n_kv_head) * 64, NULL);
+    l.att = op_act(b, BE_ACT_FREE, STEP, s->n_head * 64, NULL);
+    if (s->gpt2)
+        l.hidden = op_act(b, BE_ACT_FREE, STEP, s->n_ff, NULL);
+    else
+        l.route = op_act(b, BE_ACT_ROUTE, STEP, TOP, NULL);
+    l.rows = op_act(b, BE_ACT_F32, STEP, s->n_embd, NULL);
+    l.normed = op_act(b, BE_ACT_FREE, STEP, s->n_embd, NULL);
+    l.logits = op_act(b, BE_ACT_F32, STEP, s->n_vocab, NULL);
+    op_kv(b, &(be_kv_spec){.n_layer = m->n_layer,
+                           .n_kv_head = s->n_kv_head,
+                           .head_dim = 64,
+                           .window = window,
+                           .type = BE_KV_F16,
+                           .n_slot = 2,
+                           .n_ctx = CTX,
+                           .max_tok = STEP,
+                           .max_out = STEP});
+    return l;
+}
+
+static void ignore_tap(void *ctx, const char *name, int layer, int64_t n_row, int64_t width, const float *value) {
+    (void)ctx, (void)name, (void)layer, (void)n_row, (void)width, (void)value;
+}
+
+static void record_layer(const loaded *l, be_step *s, int i, const be_attn *a) {
+    const be_norm_kind kind = l->m->s->gpt2 ? BE_NORM_LAYER : BE_NORM_RMS;
+    const be_norm before = {kind, 1e-5f, l->layer[i].norm[0], l->layer[i].norm_bias[0]};
+    const be_norm after = {kind, 1e-5f, l->layer[i].norm[1], l->layer[i].norm_bias[1]};
+    const be_glu glu = {1.702f, 7};
+    be_attn_in(s, &before, l->layer[i].qkv, a, l->x, l->tmp, l->qkv);
+    be_attention(s, a, l->qkv, l->att);
+    be_linear(s, l->layer[i].out, l->att, l->x, BE_EPI_ADD);
+    if (l->m->s->gpt2) {
+        be_norm_linear(s, &after, l->layer[i].up, l->x, l->tmp, l->hidden, BE_EPI_GELU_TANH);
+        be_linear(s, l->layer[i].down, l->hidden, l->x, BE_EPI_ADD);
+    } else {
+        be_moe(s, &after, l->layer[i].router, TOP, l->layer[i].gate_up, l->layer[i].down, &glu, l->tmp, l->route, l->x);
+    }
+}
+
+static void record(const loaded *l, be_step *s) {
+    static float inv_freq[32];
+    const shape *p = l->m->s;
+    for (int i = 0; i < 32; i++)
+        inv_freq[i] = (float)pow(150000, -2.0 * i / 64);
+    be_embed(s, l->embed, l->pos, l->x);
+    for (int i = 0; i < l->m->n_layer; i++) {
+        const be_attn a = {.layer = i,
+                           .n_head = p->n_head,
+                           .n_kv_head = p->n_kv_head,
+                           .head_dim = 64,
+                           .window = i ? 0 : WINDOW,
+                           .scale = 0.125f,
+                           .sinks = l->layer[i].sinks,
+                           .rotary = !p->gpt2,
+                           .inv_freq = inv_freq,
+                           .rope_scale = 1.3465736f};
+        record_layer(l, s, i, &a);
+    }
+    if (l->tap)
+        l->b->ops->tap(s, "x", 0, l->x, ignore_tap, NULL);
+    const be_norm last = {p->gpt2 ? BE_NORM_LAYER : BE_NORM_RMS, 1e-5f, l->last, p->gpt2 ? l->last_bias : NULL};
+    be_gather_out(s, l->x, l->rows);
+    be_norm_linear(s, &last, l->head, l->rows, l->normed, l->logits, BE_EPI_NONE);
+}
+
+/* ---- steps ---- */
+
+static int32_t token_at(const loaded *l, int pos) {
+    return (int32_t)((uint64_t)(pos * 2654435761u) % (uint64_t)l->m->s->n_vocab);
+}
+
+/* Rows [from, to) of a slot; logits [n][n_vocab] of those that `wanted` names, in order. Returns their number. */
+static int feed(const loaded *l, int slot, int from, int to, bool (*wanted)(int pos), float *logits) {
+    const int64_t width = l->m->s->n_vocab;
+    int n_out = 0;
+    for (int at = from; at < to; at += STEP) {
+        op_batch b = {0};
+        for (int i = 0; i < STEP && at + i < to; i++, b.b.n_tok++) {
+            b.token[i] = token_at(l, at + i);
+            b.pos[i] = at + i;
+            b.slot[i] = slot;
+            if (wanted && wanted(at + i))
+                b.out_row[b.b.n_out++] = i;
+        }
+        be_step *s = op_begin(l->b, &b);
+        record(l, s);
+        op_end(l->b, s);
+        if (b.b.n_out)
+            OP_OK(l->b->ops->act_read(l->b->dev, l->logits, 0, b.b.n_out, logits + n_out * width, &err_));
+        n_out += b.b.n_out;
+    }
+    return n_out;
+}
+
+/* Positions that decoding starts from: page, window and super-chunk edges. */
+static const int starts[] = {0, 62, 126, 510, 1022};
+enum { RUN = 5 };
+
+static int n_starts(void) { return quick ? 3 : (int)ORCD_COUNT(starts); }
+
+static bool is_decoded(int pos) {
+    for (int i = 0; i < n_starts(); i++)
+        if (pos >= starts[i] && pos < starts[i] + RUN)
+            return true;
+    return false;
+}
+
+static void decode_equals_prefill(const loaded *l, float *want, float *got) {
+    const int64_t width = l->m->s->n_vocab;
+    const int end = starts[n_starts() - 1] + RUN;
+    const float *row = want;
+    char what[80];
+    assert_int_equal(feed(l, 0, 0, end, is_decoded, want), n_starts() * RUN);
+    for (int i = 0, at = 0; i < n_starts(); i++) {
+        feed(l, 1, at, starts[i], NULL, NULL);
+        for (int pos = starts[i]; pos < starts[i] + RUN; pos++, row += width) {
+            snprintf(what, sizeof what, "%s, position %d", l->m->s->name, pos);
+            if (pos == starts[i] + 1) { /* a step of which nothing is wanted, then once more */
+                feed(l, 1, pos, pos + 1, NULL, NULL);
+            }
+            feed(l, 1, pos, pos + 1, is_decoded, got);
+            op_same_bits(what, got, row, width);
+            if (pos == starts[i] + 2) {
+                loaded single = *l;
+                single.tap = true; /* a tapped step is never fused */
+                feed(&single, 1, pos, pos + 1, is_decoded, got);
+                op_same_bits(what, got, row, width);
+            }
+        }
+        at = starts[i] + RUN;
+    }
+}
+
+static int32_t best_of(const float *v, int n) {
+    int32_t best = 0;
+    for (int i = 1; i < n; i++)
+        best = v[i] > v[best] ? i : best;
+    return best;
+}
+
+/* One row of slot 1, its token known or the one sampled last. */
+static void sample_row(const loaded *l, int pos, int32_t token, bool sample) {
+    op_batch b = {.b = {.n_tok = 1, .n_out = 1}, .token = {token}, .pos = {pos}, .slot = {1}};
+    be_step *s = op_begin(l->b, &b);
+    record(l, s);
+    if (sample)
+        l->b->ops->sample(s, l->logits, &(be_sample){.temperature = 0});
+    op_end(l->b, s);
+}
+
+/* Steps that run ahead of what the host has read give what steps with known tokens give. */
+static void sampling_ahead(const loaded *l, float *got) {
+    enum { N = 6 };
+    const int pos = starts[n_starts() - 1] + RUN;
+    int32_t id[N];
+    if (!l->b->ops->sample)
+        return;
+    for (int i = 0; i < N; i++) {
+        sample_row(l, pos + i, i ? BE_TOKEN_OF(0) : 1, true);
+        if (i)
+            OP_OK(l->b->ops->sampled(l->b->dev, &id[i - 1], &err_));
+    }
+    OP_OK(l->b->ops->sampled(l->b->dev, &id[N - 1], &err_));
+    for (int i = 0; i < N; i++) {
+        sample_row(l, pos + i, i ? id[i - 1] : 1, false);
+        OP_OK(l->b->ops->act_read(l->b->dev, l->logits, 0, 1, got, &err_));
+        assert_int_equal(id[i], best_of(got, l->m->s->n_vocab));
+    }
+}
+
+static void run_shape(const shape *s) {
+    static model m;
+    make_model(&m, s);
+    float *want = malloc(sizeof *want * (size_t)(ORCD_COUNT(starts) * RUN + 1) * (size_t)s->n_vocab), *got = want;
+    assert_non_null(want);
+    got += ORCD_COUNT(starts) * RUN * (size_t)s->n_vocab;
+    for (int i = 0; i < n_tested; i++) {
+        op_bench b = op_open(tested[i].dev);
+        loaded l = load_model(&b, &m);
+        bool cuda = strcmp(b.ops->name, "cuda") == 0;
+        int before = cuda ? cuda_n_fused(b.dev) : 0;
+        decode_equals_prefill(&l, want, got);
+        sampling_ahead(&l, got);
+        if (cuda && (cuda_n_fused(b.dev) > before) != s->fused)
+            fail_msg("%s: %s", s->name, s->fused ? "the fused step did not run" : "the fused step ran");
+        op_close(&b);
+    }
+    free(want);
+    op_free_memory(&m.memory);
+}
+
+static void small_shapes(void **state) {
+    (void)state;
+    for (size_t i = 0; i < ORCD_COUNT(shapes); i++)
+        if (!shapes[i].big)
+            run_shape(&shapes[i]);
+}
+
+static void big_shapes(void **state) {
+    (void)state;
+    for (size_t i = 0; i < ORCD_COUNT(shapes); i++)
+        if (shapes[i].big && !(quick && i > 3)) {
+            run_shape(&shapes[i]);
+            print_message("           %s\n", shapes[i].name);
+        }
+}
+
+static bool all_shapes;
+
+static int run(void) {
+    const struct CMUnitTest small[] = {cmocka_unit_test(small_shapes)};
+    const struct CMUnitTest all[] = {cmocka_unit_test(small_shapes), cmocka_unit_test(big_shapes)};
+    return all_shapes ? cmocka_run_group_tests(all, NULL, NULL) : cmocka_run_group_tests(small, NULL, NULL);
+}
+
+int main(int argc, char **argv) {
+    all_shapes = argc > 1;
+    quick = argc > 2 && strcmp(argv[2], "quick") == 0;
+    return op_main(argc, argv, run);
+}
