@@ -40,8 +40,6 @@ const char *arch_types_list(void) {
     return "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, Q4_K_M, Q5_K_M, MXFP4";
 }
 
-static bool is_experts(const arch_tensor *t) { return t->use == BE_USE_GATE_UP || t->use == BE_USE_DOWN; }
-
 static bool name_has(const arch_tensor *t, const char *what) {
     return strstr(t->name, what) != NULL; /* what carries its dots: ".attn_v." */
 }
@@ -134,11 +132,15 @@ typedef struct exporting {
     size_t cap;    /* values that the three have room for */
 } exporting;
 
-static q_type choose(const exporting *e, const arch_tensor *t, q_type stored) {
+q_type arch_type_of(const arch_types *types, const arch_tensor *t, int n_layer, bool tied, q_type stored) {
     if (t->exact)
         return Q_F32;
-    const named_mix *m = find_mix(is_experts(t) ? e->types->experts : e->types->dense);
-    return m ? that_divides(mixed(m, t, e->n_layer, e->tied), t->ne[0]) : stored;
+    const named_mix *m = find_mix(arch_is_experts(t) ? types->experts : types->dense);
+    return m ? that_divides(mixed(m, t, n_layer, tied), t->ne[0]) : stored;
+}
+
+static q_type choose(const exporting *e, const arch_tensor *t, q_type stored) {
+    return arch_type_of(e->types, t, e->n_layer, e->tied, stored);
 }
 
 static orcd_status find_tied(void *ctx, const arch_tensor *t, const mf_tensor *const *data, orcd_error *err) {
@@ -159,17 +161,17 @@ static orcd_status declare(void *ctx, const arch_tensor *t, const mf_tensor *con
     e->total += mf_row_bytes(data[0]) * data[0]->n_row * data[0]->n_mat;
     if (t->use == BE_USE_EMBED && !t->exact)
         e->embd_type = type;
-    if (is_experts(t) && !t->exact)
+    if (arch_is_experts(t) && !t->exact)
         e->expert_type = type;
     return ORCD_OK;
 }
 
-static void put_file_type(const exporting *e) {
-    const named_mix *m = find_mix(e->types->dense);
-    q_type type = e->expert_type == Q_MXFP4 ? Q_MXFP4 : e->embd_type;
+void arch_put_file_type(const arch_types *types, q_type embd, q_type experts, gguf_writer *w) {
+    const named_mix *m = find_mix(types->dense);
+    q_type type = experts == Q_MXFP4 ? Q_MXFP4 : embd;
     uint32_t number = m && type != Q_MXFP4 ? m->file_type : find_mix(q_find(type)->name)->file_type;
-    gguf_put_u32(e->w, "general.file_type", number);
-    gguf_put_u32(e->w, "general.quantization_version", 2);
+    gguf_put_u32(w, "general.file_type", number);
+    gguf_put_u32(w, "general.quantization_version", 2);
 }
 
 /* One thread's share of the rows: as stored, to float, to the new type. */
@@ -263,7 +265,7 @@ orcd_status arch_export(const arch *a, const mf_file *f, const arch_config *c, c
     ORCD_TRY(pool_open(n_threads, &e.pool, err));
     ORCD_TRY_GOTO(st, done, arch_each_tensor(a, c, 1, &f, find_tied, &e, err));
     ORCD_TRY_GOTO(st, done, arch_each_tensor(a, c, 1, &f, declare, &e, err));
-    put_file_type(&e);
+    arch_put_file_type(types, e.embd_type, e.expert_type, w);
     st = arch_each_tensor(a, c, 1, &f, write_one, &e, err);
 done:
     pool_close(e.pool);

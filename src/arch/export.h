@@ -15,6 +15,11 @@ typedef struct arch_types {
 bool arch_types_known(const char *name);
 const char *arch_types_list(void); /* "F32, F16, ..." for messages */
 
+/* The type that a tensor gets; `stored` where none is asked for. tied: the file has no output.weight. */
+q_type arch_type_of(const arch_types *types, const arch_tensor *t, int n_layer, bool tied, q_type stored);
+/* general.file_type as llama.cpp numbers it, by the types of the token embedding and of the experts (F32: none). */
+void arch_put_file_type(const arch_types *types, q_type embd, q_type experts, gguf_writer *w);
+
 /* general.* and the configuration: copied from a GGUF file (without its tokenizer when `tokenizer` is false), or made
  * from config.json as llama.cpp's converter makes them. */
 orcd_status arch_put_keys(const arch *a, const mf_file *f, const arch_config *c, bool tokenizer, gguf_writer *w,

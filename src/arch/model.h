@@ -95,6 +95,8 @@ static inline void arch_tap(arch_model *m, be_step *s, const char *name, int lay
         s->dev->ops->tap(s, name, layer, a, m->tap, m->tap_ctx);
 }
 
+static inline bool arch_is_experts(const arch_tensor *t) { return t->use == BE_USE_GATE_UP || t->use == BE_USE_DOWN; }
+
 /* Write "<architecture>.KEY". */
 void arch_put_int(const arch *a, gguf_writer *w, const char *key, int v);
 void arch_put_num(const arch *a, gguf_writer *w, const char *key, double v);

@@ -153,3 +153,61 @@ orcd_status tok_export(const char *json_path, int32_t n_vocab, gguf_writer *w, o
     tok_close(t);
     return status;
 }
+
+/* ---- without a tokenizer ---- */
+
+typedef struct placed {
+    const char *text;
+    int32_t at; /* from the first */
+} placed;
+
+static const placed harmony[] = {{"<|startoftext|>", 0}, {"<|endoftext|>", 1}, {"<|return|>", 4},
+                                 {"<|constrain|>", 5},   {"<|channel|>", 7},   {"<|start|>", 8},
+                                 {"<|end|>", 9},         {"<|message|>", 10},  {"<|call|>", 14}};
+static const placed gpt2[] = {{"<|endoftext|>", 0}};
+
+orcd_status tok_export_synthetic(tok_split split, int32_t n_vocab, gguf_writer *w, orcd_error *err) {
+    enum { ROOM = 16, N_HARMONY = 15, OPENAI_FIRST = 199998 };
+    bool oss = split == TOK_SPLIT_O200K;
+    const placed *special = oss ? harmony : gpt2;
+    size_t n_special = oss ? ORCD_COUNT(harmony) : ORCD_COUNT(gpt2), n = (size_t)n_vocab;
+    int32_t first = n_vocab - (oss ? N_HARMONY : 1);
+    orcd_status st = ORCD_OK;
+    if (n_vocab < 256 + ROOM || n_vocab > TOK_MAX_IDS)
+        return orcd_fail(err, ORCD_ERR_ARG, "a vocabulary of %d tokens is not possible; 272 to %d are", n_vocab,
+                         TOK_MAX_IDS);
+    if (oss && first >= OPENAI_FIRST)
+        first = OPENAI_FIRST;
+    gguf_str *text = calloc(n, sizeof *text);
+    int32_t *type = calloc(n, sizeof *type);
+    char *spelled = malloc(n * ROOM);
+    if (!text || !type || !spelled) {
+        st = orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for %d tokens", n_vocab);
+        goto done;
+    }
+    for (int32_t i = 0; i < n_vocab; i++) {
+        char *at = spelled + (size_t)i * ROOM;
+        if (i < 256)
+            tok_spell_byte(i, at);
+        else
+            snprintf(at, ROOM, "\xc4\xa0w%d", i); /* a space is spelled U+0120 */
+        text[i] = (gguf_str){at, strlen(at)};
+        type[i] = TYPE_NORMAL;
+    }
+    for (size_t i = 0; i < n_special; i++) {
+        text[first + special[i].at] = (gguf_str){special[i].text, strlen(special[i].text)};
+        type[first + special[i].at] = TYPE_CONTROL;
+    }
+    gguf_put_str(w, "tokenizer.ggml.model", "gpt2", 4);
+    gguf_put_str(w, "tokenizer.ggml.pre", oss ? "gpt-4o" : "gpt-2", oss ? 6 : 5);
+    gguf_put_str_array(w, "tokenizer.ggml.tokens", text, n);
+    gguf_put_i32_array(w, "tokenizer.ggml.token_type", type, n);
+    gguf_put_str_array(w, "tokenizer.ggml.merges", NULL, 0);
+    gguf_put_u32(w, "tokenizer.ggml.bos_token_id", (uint32_t)first);
+    gguf_put_u32(w, "tokenizer.ggml.eos_token_id", (uint32_t)(oss ? first + 4 : first));
+done:
+    free(spelled);
+    free(type);
+    free(text);
+    return st;
+}

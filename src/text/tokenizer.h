@@ -27,6 +27,9 @@ char *tok_json_path(const mf_file *f);
 /* Write a tokenizer.json as the tokenizer.ggml.* keys of a GGUF file, as llama.cpp's converter does: ids without a
  * text, up to n_vocab, become unused [PADn]; a chat template beside the file goes along. */
 orcd_status tok_export(const char *json_path, int32_t n_vocab, gguf_writer *w, orcd_error *err) ORCD_MUST_USE;
+/* The same keys for a model that has no tokenizer: the bytes, " w256", " w257" and so on, and the specials of its
+ * kind at the end (of gpt-oss at OpenAI's ids when the vocabulary reaches them); no merges. n_vocab >= 272. */
+orcd_status tok_export_synthetic(tok_split split, int32_t n_vocab, gguf_writer *w, orcd_error *err) ORCD_MUST_USE;
 void tok_close(tok *t);
 
 tok_kind tok_kind_of(const tok *t);

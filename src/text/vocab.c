@@ -39,6 +39,18 @@ static int byte_of(uint32_t c) {
     return -1;
 }
 
+void tok_spell_byte(int byte, char out[3]) {
+    uint32_t c = (uint32_t)byte;
+    if (!stands_for_itself(c)) {
+        c = 256;
+        for (uint32_t lower = 0; lower < (uint32_t)byte; lower++)
+            c += !stands_for_itself(lower);
+    }
+    out[0] = (char)(c < 0x80 ? c : 0xc0 | c >> 6);
+    out[1] = (char)(c < 0x80 ? 0 : 0x80 | (c & 0x3f));
+    out[2] = '\0';
+}
+
 /* Append the bytes that `spelled` stands for. */
 static bool unspell(const char *spelled, size_t len, buf *out) {
     for (size_t i = 0; i < len;) {

@@ -61,6 +61,9 @@ orcd_status tok_put_merge(tok *t, uint32_t rank, const char *left, size_t n_left
                           const char *where, orcd_error *err) ORCD_MUST_USE;
 orcd_status tok_seal(tok *t, const char *where, orcd_error *err) ORCD_MUST_USE;
 
+/* A byte in GPT-2's alphabet: UTF-8, NUL-terminated. */
+void tok_spell_byte(int byte, char out[3]);
+
 /* Id of a text or special token by its bytes, -1 when there is none. */
 int32_t tok_lookup(const tok *t, const tok_map *m, const char *bytes, size_t len);
 const tok_merge *tok_find_merge(const tok *t, int32_t left, int32_t right); /* NULL when the pair does not merge */
