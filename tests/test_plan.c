@@ -1,8 +1,11 @@
-/* What a model will take on a GPU, before there is one: the plan is a dry run of the code that allocates. With the
- * argument `cuda` the device must open, and what it then holds must be the plan to the byte. */
+/* What a model will take, before it is loaded: the plan is a dry run of the code that allocates. With the argument
+ * `cuda` the device must open, and what it then holds must be the plan to the byte. */
 #include "testing.h"
 
+#include <unistd.h>
+
 #include "arch/arch.h"
+#include "engine/engine.h"
 
 static const char *const models[] = {"models/fable.gguf", "tests/golden/gptoss-mini", "tests/golden/gpt2-mini"};
 
@@ -102,9 +105,170 @@ static void what_is_allocated_is_the_plan(void **state) {
     }
 }
 
+/* ---- the CPU ---- */
+
+typedef struct loaded {
+    be_device *dev;
+    arch_model *model;
+    be_kv *kv;
+} loaded;
+
+static loaded load(const opened *m, const be_params *params, const be_kv_spec *s, arch_memory *planned) {
+    loaded l;
+    be_params dry = *params;
+    be_device *d;
+    dry.dry = true;
+    OK(be_find("cpu")->open(&dry, &d, &err));
+    OK(arch_plan(m->a, m->f, &m->c, d, s, planned, &err));
+    assert_int_equal(d->ops->used(d), 0);
+    d->ops->close(d);
+    OK(be_find("cpu")->open(params, &l.dev, &err));
+    OK(arch_load(m->a, m->f, &m->c, l.dev, s->max_tok, s->max_out, NULL, NULL, &l.model, &err));
+    OK(l.dev->ops->kv_open(l.dev, s, &l.kv, &err));
+    return l;
+}
+
+static void unload(loaded *l) {
+    l->dev->ops->kv_close(l->dev, l->kv);
+    arch_unload(l->model);
+    l->dev->ops->close(l->dev);
+}
+
+static void cpu_holds_what_was_planned(void **state) {
+    (void)state;
+    static const be_params params[] = {
+        {.n_threads = 1}, {.n_threads = 3, .act_bits = 8}, {.n_threads = 2, .no_repack = true}};
+    for (size_t i = 0; i < ORCD_COUNT(models); i++)
+        for (size_t k = 0; k < ORCD_COUNT(params); k++) {
+            arch_memory p;
+            opened m = open_model(models[i]);
+            be_kv_spec s = spec_of(&m, 96, 5);
+            loaded l = load(&m, &params[k], &s, &p);
+            assert_int_equal(l.dev->ops->used(l.dev), p.weights + p.acts + p.kv);
+            unload(&l);
+            mf_close(m.f);
+        }
+}
+
+/* Bytes of this process in memory that belong to no file. */
+static double anonymous(void) {
+    FILE *f = fopen("/proc/self/status", "r");
+    char line[128];
+    unsigned long long kib = 0;
+    while (f && fgets(line, sizeof line, f))
+        sscanf(line, "RssAnon: %llu kB", &kib);
+    if (f)
+        fclose(f);
+    return (double)kib * 1024;
+}
+
+/* Every KV page written, a step of the most rows and outputs run: the process has grown by the plan. */
+static void process_grows_by_the_plan(void **state) {
+    (void)state;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    printf("SKIP: a sanitizer keeps memory of its own\n");
+#else
+    enum { ROWS = 256, PAGES = 512 };
+    static int32_t token[ROWS], pos[ROWS], slot[ROWS], out[2] = {0, ROWS - 1};
+    arch_memory p;
+    opened m = open_model(models[0]);
+    be_kv_spec s = spec_of(&m, ROWS, PAGES);
+    s.n_ctx = PAGES * BE_PAGE;
+    double before = anonymous();
+    loaded l = load(&m, &(be_params){.n_threads = 2}, &s, &p);
+    uint64_t most = l.kv->page_bytes[0] > l.kv->page_bytes[1] ? l.kv->page_bytes[0] : l.kv->page_bytes[1];
+    uint8_t *page = calloc(1, most);
+    for (int pool = 0; pool < BE_N_POOLS; pool++)
+        for (int i = 0; i < PAGES; i++) {
+            OK(l.dev->ops->kv_write_page(l.kv, pool, i, page, &err));
+            l.dev->ops->kv_map(l.kv, pool, 0, i, i);
+        }
+    free(page);
+    for (int i = 0; i < ROWS; i++)
+        token[i] = pos[i] = i;
+    be_step *step;
+    OK(l.dev->ops->step_begin(l.dev, l.kv, &(be_batch){ROWS, token, pos, slot, 2, out}, &step, &err));
+    arch_forward(l.model, step);
+    OK(l.dev->ops->step_end(step, &err));
+    double grown = anonymous() - before, planned = (double)(p.weights + p.acts + p.kv);
+    print_message("planned %.2f MiB, grown by %.2f MiB\n", planned / 0x1p20, grown / 0x1p20);
+    assert_true(grown > 0.95 * planned && grown < 1.03 * planned);
+    unload(&l);
+    mf_close(m.f);
+#endif
+}
+
+/* ---- the engine's plan ---- */
+
+static eng_plan plan_engine(eng_params *p, orcd_status want) {
+    eng_plan out;
+    orcd_error err = {0};
+    p->model = models[0];
+    p->device = "cpu";
+    p->kv_type = BE_KV_F16;
+    orcd_status st = eng_plan_only(p, &out, &err);
+    if (st != want)
+        fail_msg("%s", err.message);
+    return out;
+}
+
+static void engine_takes_what_it_planned(void **state) {
+    (void)state;
+    eng *e;
+    eng_params p = {.n_ctx = 1000, .max_batch = 3, .memory_bytes = 80 << 20};
+    eng_plan plan = plan_engine(&p, ORCD_OK);
+    OK(eng_open(&p, &e, &err));
+    const eng_info *i = eng_get_info(e);
+    assert_int_equal(i->weight_bytes, plan.m.weights);
+    assert_int_equal(i->kv_bytes, plan.m.kv);
+    assert_int_equal(i->act_bytes, plan.m.acts);
+    assert_int_equal(eng_device(e)->ops->used(eng_device(e)), plan.m.weights + plan.m.kv + plan.m.acts);
+    assert_int_equal(i->free_bytes, (80 << 20) - plan.m.weights - plan.m.kv - plan.m.acts);
+    eng_close(e);
+}
+
+static void largest_context_is_the_largest(void **state) {
+    (void)state;
+    eng_params p = {.max_batch = 2, .memory_bytes = 60 << 20, .cache_bytes = ENG_NO_CACHE};
+    eng_plan open = plan_engine(&p, ORCD_OK);
+    assert_true(open.most_one > 4096 && open.most_one < open.n_ctx_train && open.most_all < open.most_one);
+    assert_true(open.n_ctx <= open.most_one && open.n_ctx > open.most_one - 1024);
+    p.n_ctx = open.most_one;
+    eng_plan most = plan_engine(&p, ORCD_OK);
+    assert_int_equal(most.n_ctx, open.most_one);
+    p.n_ctx = open.most_one + open.most_one / 100;
+    eng_plan more = plan_engine(&p, ORCD_ERR_NOMEM);
+    assert_true(more.m.weights + more.m.acts + more.m.kv > more.available);
+    p.n_ctx = open.most_all;
+    eng_plan both = plan_engine(&p, ORCD_OK);
+    assert_int_equal(both.n_page[BE_POOL_FULL], 2 * ((open.most_all + BE_PAGE - 1) / BE_PAGE));
+}
+
+static void too_large_is_refused_before_loading(void **state) {
+    (void)state;
+    eng *e;
+    orcd_error err = {0};
+    eng_params p = {
+        .model = models[0], .device = "cpu", .n_ctx = 131072, .memory_bytes = 100 << 20, .kv_type = BE_KV_F16};
+    double before = anonymous();
+    assert_int_equal(eng_open(&p, &e, &err), ORCD_ERR_NOMEM);
+    assert_null(e);
+    assert_true(anonymous() - before < 8 << 20);
+    for (const char *const *word = (const char *const[]){"GiB", "weights 0.011", "131072", "0.098", NULL}; *word;
+         word++)
+        if (!strstr(err.message, *word))
+            fail_msg("no \"%s\" in: %s", *word, err.message);
+}
+
 int main(int argc, char **argv) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(a_plan_needs_no_gpu),
-                                       cmocka_unit_test(what_is_allocated_is_the_plan)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(process_grows_by_the_plan), /* first: nothing freed lies about */
+        cmocka_unit_test(a_plan_needs_no_gpu),
+        cmocka_unit_test(what_is_allocated_is_the_plan),
+        cmocka_unit_test(cpu_holds_what_was_planned),
+        cmocka_unit_test(engine_takes_what_it_planned),
+        cmocka_unit_test(largest_context_is_the_largest),
+        cmocka_unit_test(too_large_is_refused_before_loading)};
     on_gpu = argc > 1 && strcmp(argv[1], "cuda") == 0;
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

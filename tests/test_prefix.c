@@ -46,7 +46,7 @@ static void fake_copy(be_kv *kv, int pool, int32_t dst, int32_t src) {
 
 static const be_ops fake_ops = {
     .name = "fake", .kv_open = fake_open, .kv_close = fake_close, .kv_map = fake_map, .kv_copy_page = fake_copy};
-static be_device fake_device = {&fake_ops};
+static be_device fake_device = {.ops = &fake_ops};
 
 typedef struct run {
     int32_t id[N_CTX];

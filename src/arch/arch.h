@@ -48,6 +48,7 @@ orcd_status arch_measure(const arch *a, const mf_file *f, const arch_config *c, 
 typedef struct arch_memory {
     uint64_t weights, acts /* and what steps need beside them */, kv; /* on the device */
     uint64_t host;                                                    /* experts that stay in host memory */
+    uint64_t every_step, experts; /* of the weights: read by every step; experts, which a row reads a few of */
 } arch_memory;
 
 /* Memory that arch_load and kv_open would take on a device of this kind, which may be a dry one, before anything is

@@ -412,10 +412,16 @@ typedef struct planning {
 static orcd_status plan_one(void *ctx, walk *w, const arch_slot *s, const be_load *l, orcd_error *err) {
     planning *p = ctx;
     (void)w, (void)s, (void)err;
-    if (l->host)
+    if (l->host) {
         p->sum->host += stored_bytes(l);
-    else
-        p->sum->weights += p->dev->ops->load_bytes(p->dev, l);
+        return ORCD_OK;
+    }
+    uint64_t bytes = p->dev->ops->load_bytes(p->dev, l);
+    p->sum->weights += bytes;
+    if (l->use == BE_USE_GATE_UP || l->use == BE_USE_DOWN)
+        p->sum->experts += bytes;
+    else if (l->use != BE_USE_EMBED) /* of which a row is read */
+        p->sum->every_step += bytes;
     return ORCD_OK;
 }
 
@@ -427,13 +433,16 @@ static uint64_t kv_bytes(be_device *dev, const be_kv_spec *s) {
 }
 
 /* Do it all on a device that makes nothing and counts. */
-static orcd_status dry_run(const arch *a, const mf_file *f, const arch_config *c, const be_ops *ops,
+static orcd_status dry_run(const arch *a, const mf_file *f, const arch_config *c, const be_device *like,
                            const be_kv_spec *s, arch_memory *out, orcd_error *err) {
     orcd_status st;
+    const be_ops *ops = like->ops;
+    be_params params = like->params;
     be_device *dry = NULL;
     arch_model *m = NULL;
     be_kv *kv = NULL;
-    ORCD_TRY_GOTO(st, done, ops->open(&(be_params){.dry = true}, &dry, err));
+    params.dry = true;
+    ORCD_TRY_GOTO(st, done, ops->open(&params, &dry, err));
     ORCD_TRY_GOTO(st, done, arch_load(a, f, c, dry, s->max_tok, s->max_out, NULL, NULL, &m, err));
     ORCD_TRY_GOTO(st, done, ops->kv_open(dry, s, &kv, err));
     out->weights = m->weight_bytes;
@@ -453,7 +462,7 @@ orcd_status arch_plan(const arch *a, const mf_file *f, const arch_config *c, be_
     *out = (arch_memory){0};
     ORCD_TRY(visit_all(a, f, c, plan_one, &(planning){dev, out}, err));
     if (dev->ops->used)
-        return dry_run(a, f, c, dev->ops, s, out, err);
+        return dry_run(a, f, c, dev, s, out, err);
     out->acts = arch_act_bytes(c, s->max_tok, s->max_out);
     out->kv = kv_bytes(dev, s);
     return ORCD_OK;

@@ -19,9 +19,6 @@
 #include "quant/quant.h"
 
 typedef struct be_ops be_ops;
-typedef struct be_device { /* first member of each backend's own struct */
-    const be_ops *ops;
-} be_device;
 
 typedef struct be_params {
     int n_threads;   /* cpu: 0 = all cores allowed to this process */
@@ -33,6 +30,11 @@ typedef struct be_params {
     bool dry;        /* nothing is allocated and no hardware is needed, where the backend has `used`: what is made can
                         only be freed, and `used` tells what it would take */
 } be_params;
+
+typedef struct be_device { /* first member of each backend's own struct */
+    const be_ops *ops;
+    be_params params; /* as it was opened, so that a dry one can be opened like it */
+} be_device;
 
 /* ---- weights ---- */
 

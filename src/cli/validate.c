@@ -271,22 +271,16 @@ static orcd_status plot(const result *r, const char *path, orcd_error *err) {
 
 static orcd_status open_teacher(const options *o, const char *path, const char *device, int act_bits, int n_ctx,
                                 teacher **out, orcd_error *err) {
-    char name[16];
-    int ordinal = 0;
     bar b;
-    *out = NULL;
-    if (sscanf(device, "%15[a-z]:%d", name, &ordinal) < 1 || ordinal < 0)
-        return orcd_fail(err, ORCD_ERR_ARG, "device \"%s\" is none of cpu, ref, cuda and cuda:N", device);
-    teacher_params p = {
-        .model = path,
-        .backend = name,
-        .device = {.n_threads = (int)o->threads, .device = ordinal, .act_bits = act_bits, .cpu_experts = -1},
-        /* the reference keeps keys and values exact; the others as they run */
-        .kv_type = strcmp(name, "ref") == 0 ? BE_KV_F32 : BE_KV_F16,
-        .n_ctx = n_ctx,
-        .chunk = o->taps ? 32 : 128,
-        .progress = bar_update,
-        .progress_ctx = &b};
+    teacher_params p = {.model = path,
+                        .backend = device,
+                        .device = {.n_threads = (int)o->threads, .act_bits = act_bits, .cpu_experts = -1},
+                        /* the reference keeps keys and values exact; the others as they run */
+                        .kv_type = strcmp(device, "ref") == 0 ? BE_KV_F32 : BE_KV_F16,
+                        .n_ctx = n_ctx,
+                        .chunk = o->taps ? 32 : 128,
+                        .progress = bar_update,
+                        .progress_ctx = &b};
     bar_begin(&b, "loading", "B");
     orcd_status st = teacher_open(&p, out, err);
     bar_end(&b);

@@ -28,6 +28,7 @@ typedef struct eng_params {
     int max_queue; /* waiting requests beyond them; 0 = 4 * max_batch */
     int chunk;     /* prefill rows per step; 0 = the backend's best */
     be_kv_type kv_type;
+    uint64_t memory_bytes;     /* plan for a device with so much; 0 = what is available there now */
     uint64_t kv_bytes;         /* KV memory in all; 0 = what n_ctx and max_batch ask for, within what is free */
     uint64_t cache_bytes;      /* of it, for prefixes no one is using now; 0 = a default share; ENG_NO_CACHE = off */
     const char *cache_dir;     /* prefixes are kept there too and found again at the next start; NULL = nowhere */
@@ -49,8 +50,28 @@ typedef struct eng_info {
     bool has_harmony;                           /* the tokenizer knows the harmony control tokens */
     uint64_t weight_bytes, kv_bytes, act_bytes; /* on the device */
     uint64_t host_bytes;                        /* experts in host memory beside it */
+    uint64_t free_bytes, total_bytes;           /* of the device: left over when it was opened; in all */
     double load_s;
 } eng_info;
+
+/* What a model takes on a device, to the byte, before anything is loaded. */
+typedef struct eng_plan {
+    char device[96];
+    int n_ctx, n_ctx_train;         /* positions of a sequence; that the model was made for */
+    int max_batch, chunk, max_rows; /* sequences; prompt rows per step; rows of the largest step */
+    int most_one, most_all;         /* the largest context that would fit: for one sequence, for max_batch at once */
+    int n_page[BE_N_POOLS], least_full;
+    uint64_t page_bytes[BE_N_POOLS];
+    int n_entry;       /* of the prefix cache */
+    int n_host_layers; /* whose experts stay in host memory */
+    arch_memory m;
+    uint64_t total, available, margin; /* of the device; of `available`, for what the plan does not know */
+} eng_plan;
+
+/* The plan that eng_open follows, made by the same code. Of p->device only a name, not "auto", says something about the
+ * others. ORCD_ERR_NOMEM when it does not fit: `out` then says what is missing. With p->backend.dry the device need
+ * not be here. */
+orcd_status eng_plan_only(const eng_params *p, eng_plan *out, orcd_error *err) ORCD_MUST_USE;
 
 /* Open file, tokenizer, device; plan memory (fails with required and available numbers before allocating); load;
  * start the engine thread. */

@@ -107,6 +107,13 @@ static inline void eng_count(atomic_uint_fast64_t *v, uint64_t n) {
     atomic_fetch_add_explicit(v, n, memory_order_relaxed);
 }
 
+/* ---- plan.c ---- */
+
+/* Fills what spec leaves open: n_ctx, pages, rows. c->n_host_layers is chosen here. On ORCD_ERR_NOMEM *p says how much
+ * would be needed. */
+orcd_status plan_make(const char *name, const arch *a, const mf_file *f, arch_config *c, be_device *dev,
+                      const eng_params *prm, be_kv_spec *spec, eng_plan *p, orcd_error *err) ORCD_MUST_USE;
+
 /* ---- sequence.c ---- */
 
 /* Check and copy. */

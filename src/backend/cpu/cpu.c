@@ -16,7 +16,7 @@ static void cpu_close(be_device *dev) {
     if (!d)
         return;
     pool_close(d->pool);
-    cpu_free(d->arena, d->arena_bytes);
+    cpu_give(d, d->arena, d->arena_bytes);
     cpu_free(d->step.cmd, MAX_CMDS * sizeof *d->step.cmd);
     free(d->local);
     free(d);
@@ -39,17 +39,20 @@ static orcd_status cpu_open(const be_params *p, be_device **out, orcd_error *err
     if (!d)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the cpu backend");
     d->base.ops = &be_ops_cpu;
-    d->params = *p;
+    d->base.params = *p;
     d->tier = cpu_tier_best();
     d->k = cpu_kernels_for(d->tier, p->act_bits == 8);
     d->n_thread = n;
     d->local = calloc((size_t)n, sizeof *d->local);
-    d->step.cmd = cpu_alloc(MAX_CMDS * sizeof *d->step.cmd);
+    if (!p->dry) /* reserved, hardly touched */
+        d->step.cmd = cpu_alloc(MAX_CMDS * sizeof *d->step.cmd);
     d->step.cap_cmd = MAX_CMDS;
     d->step.dev = d;
-    orcd_status st = d->local && d->step.cmd
-                         ? pool_open(n, &d->pool, err)
-                         : orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the cpu backend with %d threads", n);
+    orcd_status st = ORCD_OK;
+    if (!d->local || (!d->step.cmd && !p->dry))
+        st = orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the cpu backend with %d threads", n);
+    else if (!p->dry)
+        st = pool_open(n, &d->pool, err);
     if (st != ORCD_OK) {
         cpu_close(&d->base);
         return st;
@@ -77,7 +80,10 @@ static void cpu_memory(be_device *dev, uint64_t *total, uint64_t *available) {
             *available = kib << 10;
     if (f)
         fclose(f);
+    *available -= *available / 32; /* for the rest of the program, and for others */
 }
+
+static uint64_t cpu_used(be_device *dev) { return ((const cpu_device *)dev)->used; }
 
 /* ---- activations ---- */
 
@@ -95,7 +101,7 @@ static orcd_status cpu_act_new(be_device *dev, be_form form, int64_t cap_row, in
     if (a) {
         a->base = (be_act){.form = form, .width = width, .cap_row = cap_row};
         a->stride = form == BE_ACT_ROUTE ? width * 2 : width;
-        a->data = cpu_alloc(act_bytes(a));
+        a->data = cpu_take(d, act_bytes(a));
     }
     if (!a || !a->data) {
         free(a);
@@ -109,11 +115,10 @@ static orcd_status cpu_act_new(be_device *dev, be_form form, int64_t cap_row, in
 }
 
 static void cpu_act_free(be_device *dev, be_act *base) {
-    (void)dev;
     cpu_act *a = (cpu_act *)base;
     if (!a)
         return;
-    cpu_free(a->data, act_bytes(a));
+    cpu_give((cpu_device *)dev, a->data, act_bytes(a));
     free(a);
 }
 
@@ -225,4 +230,5 @@ const be_ops be_ops_cpu = {
     .gather_out = cpu_gather_out,
     .tap = cpu_tap,
     .norm_linear = cpu_norm_linear,
+    .used = cpu_used,
 };

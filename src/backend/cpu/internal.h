@@ -109,7 +109,6 @@ typedef struct cpu_step {
 
 typedef struct cpu_device {
     be_device base;
-    be_params params;
     cpu_tier tier;
     const cpu_kernels *k;
     pool *pool;
@@ -117,6 +116,7 @@ typedef struct cpu_device {
     cpu_dims dims, sized; /* wanted; what the memory below was made for */
     void *arena;
     size_t arena_bytes;
+    uint64_t used;    /* bytes of cpu_take that were not given back */
     cpu_local *local; /* [n_thread] */
     cpu_shared shared;
     cpu_step step;
@@ -127,6 +127,9 @@ extern const be_ops be_ops_cpu;
 /* memory.c: zeroed, 64-byte aligned, in huge pages where large. NULL when out of memory. */
 void *cpu_alloc(size_t bytes);
 void cpu_free(void *p, size_t bytes);
+/* The same for what a device keeps: counted, and on a dry device there is nothing at the address. */
+void *cpu_take(cpu_device *d, size_t bytes);
+void cpu_give(cpu_device *d, void *p, size_t bytes); /* as many as were taken */
 /* Grow the scratch memory to dev->dims. */
 orcd_status cpu_scratch(cpu_device *d, orcd_error *err);
 

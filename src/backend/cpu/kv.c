@@ -46,11 +46,12 @@ orcd_status cpu_kv_open(be_device *dev, const be_kv_spec *s, be_kv **out, orcd_e
     for (int p = 0; p < BE_N_POOLS; p++) {
         kv->base.page_bytes[p] = cpu_kv_page_bytes(dev, s, p);
         size_t entries = (size_t)s->n_slot * (size_t)kv->n_index;
-        kv->table[p] = malloc(entries * sizeof(int32_t));
+        kv->table[p] = cpu_take(d, entries * sizeof(int32_t));
         if (!ck_mul(kv->base.page_bytes[p], (uint64_t)s->n_page[p], &kv->pool_bytes[p]) || !kv->table[p])
             ORCD_TRY_GOTO(st, done, orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the KV cache"));
-        memset(kv->table[p], 0xff, entries * sizeof(int32_t));
-        kv->page[p] = cpu_alloc(kv->pool_bytes[p]);
+        if (!d->base.params.dry)
+            memset(kv->table[p], 0xff, entries * sizeof(int32_t));
+        kv->page[p] = cpu_take(d, kv->pool_bytes[p]);
         if (!kv->page[p])
             ORCD_TRY_GOTO(st, done,
                           orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for %zu MiB of KV cache: lower the context",
@@ -66,14 +67,14 @@ done:
     return st;
 }
 
-void cpu_kv_close(be_device *d, be_kv *base) {
-    (void)d;
+void cpu_kv_close(be_device *dev, be_kv *base) {
+    cpu_device *d = (cpu_device *)dev;
     cpu_kv *kv = (cpu_kv *)base;
     if (!kv)
         return;
     for (int p = 0; p < BE_N_POOLS; p++) {
-        cpu_free(kv->page[p], kv->pool_bytes[p]);
-        free(kv->table[p]);
+        cpu_give(d, kv->page[p], kv->pool_bytes[p]);
+        cpu_give(d, kv->table[p], (size_t)kv->base.spec.n_slot * (size_t)kv->n_index * sizeof(int32_t));
     }
     free((void *)kv->base.spec.window);
     free(kv->layer_index);

@@ -1,3 +1,4 @@
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -27,6 +28,37 @@ void *cpu_alloc(size_t bytes) {
 void cpu_free(void *p, size_t bytes) {
     if (p)
         munmap(p, (bytes ? bytes + 4095 : 4096) / 4096 * 4096);
+}
+
+/* Small pieces come from the heap: a mapping of its own would take a page at least. */
+enum { SMALL = 65536 };
+
+static size_t taken(size_t bytes) { return bytes < SMALL ? (bytes + 63) / 64 * 64 : (bytes + 4095) / 4096 * 4096; }
+
+void *cpu_take(cpu_device *d, size_t bytes) {
+    bytes = bytes ? bytes : 1;
+    void *p = d;
+    if (!d->base.params.dry) {
+        p = bytes < SMALL ? aligned_alloc(64, taken(bytes)) : cpu_alloc(bytes);
+        if (p && bytes < SMALL)
+            memset(p, 0, taken(bytes));
+    }
+    if (p)
+        d->used += taken(bytes);
+    return p;
+}
+
+void cpu_give(cpu_device *d, void *p, size_t bytes) {
+    bytes = bytes ? bytes : 1;
+    if (!p)
+        return;
+    d->used -= taken(bytes);
+    if (d->base.params.dry)
+        return;
+    if (bytes < SMALL)
+        free(p);
+    else
+        cpu_free(p, bytes);
 }
 
 /* Hand out the pieces of one block: with base NULL it only counts. */
@@ -68,17 +100,19 @@ static void lay_out(cpu_device *d, arena *a) {
 orcd_status cpu_scratch(cpu_device *d, orcd_error *err) {
     if (d->arena && memcmp(&d->dims, &d->sized, sizeof d->dims) == 0)
         return ORCD_OK;
-    cpu_free(d->arena, d->arena_bytes);
+    cpu_give(d, d->arena, d->arena_bytes);
     d->arena = NULL;
     arena a = {0};
     lay_out(d, &a);
     d->arena_bytes = a.used;
-    a.base = d->arena = cpu_alloc(a.used);
+    d->arena = cpu_take(d, a.used);
     if (!d->arena)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for %zu MiB of scratch: lower the step size",
                          a.used >> 20);
-    a.used = 0;
-    lay_out(d, &a);
+    if (!d->base.params.dry) {
+        a = (arena){.base = d->arena};
+        lay_out(d, &a);
+    }
     d->sized = d->dims;
     return ORCD_OK;
 }

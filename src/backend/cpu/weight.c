@@ -45,7 +45,7 @@ static bool load_bytes(const be_params *params, const be_load *l, uint64_t *tota
 
 uint64_t cpu_load_bytes(be_device *d, const be_load *l) {
     uint64_t n;
-    return load_bytes(&((cpu_device *)d)->params, l, &n) ? n : UINT64_MAX;
+    return load_bytes(&d->params, l, &n) ? n : UINT64_MAX;
 }
 
 /* ---- packing, by all threads ---- */
@@ -97,26 +97,41 @@ static orcd_status load_part(cpu_device *d, be_use use, const mf_tensor *t, cpu_
     part->n_panel = (part->n_row + CPU_PANEL - 1) / CPU_PANEL;
     part->panel_bytes = cpu_panel_bytes(part->fmt, (int64_t)t->n_col);
     part->file = *t;
-    if (d->params.no_repack && t->data)
+    if (d->base.params.no_repack && t->data)
         return ORCD_OK;
-    if (!is_matrix(use) || !has_panels(&d->params, t, part->fmt)) {
+    if (!is_matrix(use) || !has_panels(&d->base.params, t, part->fmt)) {
         size_t bytes = t->n_row * t->n_mat * mf_row_bytes(t);
-        part->rows = cpu_alloc(bytes);
+        part->rows = cpu_take(d, bytes);
         if (!part->rows)
             return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for %zu MiB of weight %s", bytes >> 20, t->name);
+        if (d->base.params.dry)
+            return ORCD_OK;
         for (uint64_t m = 0; m < t->n_mat; m++)
             mf_rows(t, m, 0, t->n_row, part->rows + m * t->n_row * mf_row_bytes(t));
         return ORCD_OK;
     }
     size_t bytes = (size_t)part->n_panel * t->n_mat * part->panel_bytes;
-    part->data = cpu_alloc(bytes);
+    part->data = cpu_take(d, bytes);
     if (!part->data)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for %zu MiB of weight %s", bytes >> 20, t->name);
+    if (d->base.params.dry)
+        return ORCD_OK;
     packing p = {.dev = d, .part = part, .src = t};
     pool_run(d->pool, pack_thread, &p);
     if (atomic_load(&p.next) < part->n_panel * (int64_t)t->n_mat)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory while packing weight %s", t->name);
     mf_release(t);
+    return ORCD_OK;
+}
+
+static uint64_t values(const mf_tensor *t) { return t->n_mat * t->n_row * t->n_col; }
+
+static orcd_status load_floats(cpu_device *d, const mf_tensor *t, float **out, orcd_error *err) {
+    *out = cpu_take(d, values(t) * sizeof **out);
+    if (!*out)
+        return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for weight %s", t->name);
+    if (!d->base.params.dry)
+        mf_floats(t, *out);
     return ORCD_OK;
 }
 
@@ -135,7 +150,7 @@ orcd_status cpu_load(be_device *dev, const be_load *l, be_weight **out, orcd_err
     orcd_status st = ORCD_OK;
     *out = NULL;
     uint64_t bytes;
-    if (l->n_part < 1 || l->n_part > CPU_MAX_PARTS || !load_bytes(&d->params, l, &bytes))
+    if (l->n_part < 1 || l->n_part > CPU_MAX_PARTS || !load_bytes(&d->base.params, l, &bytes))
         return orcd_fail(err, ORCD_ERR_ARG, "weight %s has %d parts or a size past all memory", l->part[0].name,
                          l->n_part);
     cpu_weight *w = calloc(1, sizeof *w);
@@ -151,20 +166,13 @@ orcd_status cpu_load(be_device *dev, const be_load *l, be_weight **out, orcd_err
         const mf_tensor *t = &l->part[i];
         w->base.n_row += (int64_t)t->n_row;
         if (l->use == BE_USE_VECTOR) {
-            w->vector = malloc(t->n_mat * t->n_row * t->n_col * sizeof *w->vector);
-            if (!w->vector)
-                ORCD_TRY_GOTO(st, done, orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for weight %s", t->name));
-            mf_floats(t, w->vector);
+            ORCD_TRY_GOTO(st, done, load_floats(d, t, &w->vector, err));
             continue;
         }
         ORCD_TRY_GOTO(st, done, load_part(d, l->use, t, &w->part[i], err));
         w->n_panel += w->part[i].n_panel;
-        if (l->has_bias[i]) {
-            w->bias[i] = malloc(bias_count(t) * sizeof *w->bias[i]);
-            if (!w->bias[i])
-                ORCD_TRY_GOTO(st, done, orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the bias of %s", t->name));
-            mf_floats(&l->bias[i], w->bias[i]);
-        }
+        if (l->has_bias[i])
+            ORCD_TRY_GOTO(st, done, load_floats(d, &l->bias[i], &w->bias[i], err));
     }
     note_dims(d, w);
     *out = &w->base;
@@ -174,19 +182,19 @@ done:
     return st;
 }
 
-void cpu_unload(be_device *d, be_weight *weight) {
-    (void)d;
+void cpu_unload(be_device *dev, be_weight *weight) {
+    cpu_device *d = (cpu_device *)dev;
     cpu_weight *w = (cpu_weight *)weight;
     if (!w)
         return;
     for (int i = 0; i < w->n_part; i++) {
         cpu_part *p = &w->part[i];
-        cpu_free(p->data, (size_t)p->n_panel * (size_t)w->base.n_mat * p->panel_bytes);
+        cpu_give(d, p->data, (size_t)p->n_panel * (size_t)w->base.n_mat * p->panel_bytes);
         if (p->rows)
-            cpu_free(p->rows, (size_t)(p->n_row * w->base.n_mat) * mf_row_bytes(&p->file));
-        free(w->bias[i]);
+            cpu_give(d, p->rows, (size_t)(p->n_row * w->base.n_mat) * mf_row_bytes(&p->file));
+        cpu_give(d, w->bias[i], (size_t)(p->n_row * w->base.n_mat) * sizeof(float));
     }
-    free(w->vector);
+    cpu_give(d, w->vector, (size_t)w->base.n_col * sizeof(float));
     free(w);
 }
 

@@ -163,6 +163,7 @@ static orcd_status open_dry(const be_params *p, be_device **out, orcd_error *err
     if (!d)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
     d->base.ops = &be_ops_cuda;
+    d->base.params = *p;
     d->ordinal = p->device;
     d->dry = true;
     snprintf(d->name, sizeof d->name, "cuda, to plan with");
@@ -194,6 +195,7 @@ static orcd_status dev_open(const be_params *p, be_device **out, orcd_error *err
     if (!d)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
     d->base.ops = &be_ops_cuda;
+    d->base.params = *p;
     d->ordinal = p->device;
     if ((e = cudaSetDevice(p->device)) != cudaSuccess ||
         (e = cudaGetDeviceProperties(&prop, p->device)) != cudaSuccess) {

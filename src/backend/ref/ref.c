@@ -8,11 +8,11 @@
 #include "base/checked.h"
 
 static orcd_status ref_open(const be_params *p, be_device **out, orcd_error *err) {
-    (void)p;
     *out = calloc(1, sizeof **out);
     if (!*out)
         return orcd_fail(err, ORCD_ERR_NOMEM, "no memory for the reference device");
     (*out)->ops = &be_ops_ref;
+    (*out)->params = *p;
     return ORCD_OK;
 }
 
