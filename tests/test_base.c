@@ -4,11 +4,14 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
 #include "base/buf.h"
 #include "base/checked.h"
+#include "base/file.h"
 #include "base/half.h"
 
 static void every_half_survives_a_round_trip(void **state) {
@@ -85,13 +88,57 @@ static void buffers_grow_and_stay_terminated(void **state) {
     assert_null(b.data);
 }
 
+/* ---- mapped files that become shorter ---- */
+
+static file_map open_and_cut(off_t keep) {
+    char path[] = "/tmp/orcd-test-XXXXXX", page[4096];
+    file_map f;
+    orcd_error err;
+    int fd = mkstemp(path);
+    memset(page, 7, sizeof page);
+    for (int i = 0; i < 8; i++)
+        assert_int_equal(write(fd, page, sizeof page), sizeof page);
+    assert_int_equal(file_open(path, &f, &err), ORCD_OK);
+    assert_false(file_changed(&f));
+    assert_int_equal(ftruncate(fd, keep), 0);
+    assert_true(file_changed(&f));
+    close(fd);
+    unlink(path);
+    return f;
+}
+
+/* How a process ends that reads what is gone. */
+static int end_of_reader(bool exits, bool zeros) {
+    int status;
+    file_map f = open_and_cut(4096);
+    pid_t pid = fork();
+    if (pid == 0) {
+        close(STDERR_FILENO);
+        if (exits)
+            file_shrunk_exits(70);
+        if (zeros)
+            file_shrunk_reads_zeros(true);
+        volatile const uint8_t *data = f.data;
+        bool ok = data[0] == 7 && !file_shrunk() && data[20000] == 0 && data[20001] == 0 && file_shrunk();
+        _exit(ok && data[4095] == 7 ? 0 : 1);
+    }
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    file_close(&f);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+static void a_file_that_shrank_is_noticed_as_asked(void **state) {
+    (void)state;
+    assert_int_equal(end_of_reader(true, false), 70);
+    assert_int_equal(end_of_reader(true, true), 0);
+    assert_int_equal(end_of_reader(false, true), 0);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(every_half_survives_a_round_trip),
-        cmocka_unit_test(half_rounds_as_the_compiler_does),
-        cmocka_unit_test(bf16_ties_go_to_even),
-        cmocka_unit_test(e8m0_is_a_power_of_two_or_nan),
-        cmocka_unit_test(sizes_that_wrap_are_refused),
+        cmocka_unit_test(every_half_survives_a_round_trip), cmocka_unit_test(a_file_that_shrank_is_noticed_as_asked),
+        cmocka_unit_test(half_rounds_as_the_compiler_does), cmocka_unit_test(bf16_ties_go_to_even),
+        cmocka_unit_test(e8m0_is_a_power_of_two_or_nan),    cmocka_unit_test(sizes_that_wrap_are_refused),
         cmocka_unit_test(buffers_grow_and_stay_terminated),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,20 +1,11 @@
 /* The engine on small real models (tests/golden: window 16 and gpt2 without windows), on the backend that this build
  * prefers or on the device named as argument. */
-#include "testing.h"
-
-#include <pthread.h>
-#include <time.h>
-#include <unistd.h>
-
 #include "base/file.h"
-#include "engine/internal.h"
+#include "engine_jobs.h"
 
-#define MINI "tests/golden/gptoss-mini"
 #define GPT2 "tests/golden/gpt2-mini"
 
 /* ---- counting allocations of this process ---- */
-
-static atomic_int n_alloc;
 
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && defined(__GLIBC__)
 #define COUNTS_ALLOCATIONS 1
@@ -32,185 +23,6 @@ void *realloc(void *p, size_t n) {
     return __libc_realloc(p, n);
 }
 #endif
-
-static const char *device = "auto";
-
-/* ---- one request and what came of it ---- */
-
-typedef struct job {
-    eng_request r;
-    eng_result result;
-    int32_t out[1024];
-    bool forced[1024];
-    int n_out, n_done, n_prefill_calls;
-    float logprob, top_sum;
-    pthread_mutex_t lock;
-    pthread_cond_t cond;
-    /* what on_token does */
-    int end_at, force_at, replace_at;
-    const int32_t *force;
-    int n_force;
-    int gate_at; /* waits here until `open` */
-    bool at_gate, open;
-    const uint32_t *mask;
-    int count_from, n_alloc_from, n_alloc_to; /* allocations between token count_from and the last one */
-    eng_ticket ticket;
-} job;
-
-static eng_verdict on_token(void *ctx, const eng_token *t) {
-    job *j = ctx;
-    eng_verdict v = {ENG_GO, NULL, 0};
-    assert_int_equal(t->index, j->n_out);
-    assert_true(j->n_out < 1024);
-    j->forced[j->n_out] = t->forced;
-    j->out[j->n_out++] = t->id;
-    j->logprob = t->logprob;
-    j->top_sum = 0;
-    for (int i = 0; i < t->n_top; i++)
-        j->top_sum += expf(t->top[i].logprob);
-    if (j->count_from && t->index == j->count_from)
-        j->n_alloc_from = atomic_load(&n_alloc);
-    if (j->count_from)
-        j->n_alloc_to = atomic_load(&n_alloc);
-    if (j->gate_at && j->n_out == j->gate_at) {
-        pthread_mutex_lock(&j->lock);
-        j->at_gate = true;
-        pthread_cond_broadcast(&j->cond);
-        while (!j->open)
-            pthread_cond_wait(&j->cond, &j->lock);
-        pthread_mutex_unlock(&j->lock);
-    }
-    if (j->end_at && j->n_out == j->end_at)
-        v.action = ENG_END;
-    if (j->force_at && j->n_out == j->force_at)
-        v = (eng_verdict){ENG_FORCE, j->force, j->n_force};
-    if (j->replace_at && j->n_out == j->replace_at) {
-        v = (eng_verdict){ENG_REPLACE, j->force, j->n_force};
-        j->replace_at = 0;
-        j->n_out--;
-    }
-    return v;
-}
-
-static void on_prefill(void *ctx, int32_t done, int32_t total) {
-    job *j = ctx;
-    assert_true(done <= total);
-    j->n_prefill_calls++;
-}
-
-static const uint32_t *mask(void *ctx) { return ((job *)ctx)->mask; }
-
-static void on_done(void *ctx, const eng_result *r) {
-    job *j = ctx;
-    pthread_mutex_lock(&j->lock);
-    j->result = *r;
-    j->n_done++;
-    pthread_cond_broadcast(&j->cond);
-    pthread_mutex_unlock(&j->lock);
-}
-
-static job *new_job(const int32_t *prompt, int n_prompt, int max_new) {
-    job *j = calloc(1, sizeof *j);
-    pthread_mutex_init(&j->lock, NULL);
-    pthread_cond_init(&j->cond, NULL);
-    j->r = (eng_request){.prompt = prompt,
-                         .n_prompt = (size_t)n_prompt,
-                         .max_new = max_new,
-                         .sampling = SAMP_DEFAULTS,
-                         .top_logprobs = -1,
-                         .on_token = on_token,
-                         .on_prefill = on_prefill,
-                         .on_done = on_done,
-                         .ctx = j};
-    j->r.sampling.temperature = 0;
-    return j;
-}
-
-static orcd_status try_submit(eng *e, job *j, orcd_error *err) { return eng_submit(e, &j->r, &j->ticket, err); }
-
-static job *submit(eng *e, job *j) {
-    orcd_error err;
-    if (try_submit(e, j, &err) != ORCD_OK)
-        fail_msg("%s", err.message);
-    return j;
-}
-
-static job *wait_for(job *j) {
-    pthread_mutex_lock(&j->lock);
-    while (j->n_done == 0)
-        pthread_cond_wait(&j->cond, &j->lock);
-    pthread_mutex_unlock(&j->lock);
-    return j;
-}
-
-static void wait_at_gate(job *j) {
-    pthread_mutex_lock(&j->lock);
-    while (!j->at_gate)
-        pthread_cond_wait(&j->cond, &j->lock);
-    pthread_mutex_unlock(&j->lock);
-}
-
-static void open_gate(job *j) {
-    pthread_mutex_lock(&j->lock);
-    j->open = true;
-    pthread_cond_broadcast(&j->cond);
-    pthread_mutex_unlock(&j->lock);
-}
-
-static void free_job(job *j) {
-    assert_int_equal(j->n_done, 1);
-    pthread_mutex_destroy(&j->lock);
-    pthread_cond_destroy(&j->cond);
-    free(j);
-}
-
-static eng *open_engine(eng_params p) {
-    eng *e = NULL;
-    orcd_error err;
-    p.device = device;
-    p.backend.n_threads = 2;
-    if (eng_open(&p, &e, &err) != ORCD_OK)
-        fail_msg("%s", err.message);
-    return e;
-}
-
-static eng *open_mini(int max_batch, uint64_t cache_bytes) {
-    return open_engine((eng_params){.model = MINI,
-                                    .n_ctx = 1024,
-                                    .max_batch = max_batch,
-                                    .max_queue = 1200,
-                                    .chunk = 64,
-                                    .cache_bytes = cache_bytes});
-}
-
-static uint64_t page_bytes(void) {
-    eng *e = open_engine((eng_params){.model = MINI, .n_ctx = 64, .cache_bytes = ENG_NO_CACHE});
-    uint64_t bytes = e->kv.pool[BE_POOL_FULL].page_bytes;
-    eng_close(e);
-    return bytes;
-}
-
-static void fill_ids(int32_t *id, int n, uint64_t seed) {
-    for (int i = 0; i < n; i++)
-        id[i] = (int32_t)t_below(&seed, 512);
-}
-
-static void assert_same(const job *a, const job *b) {
-    assert_int_equal(a->n_out, b->n_out);
-    for (int i = 0; i < a->n_out; i++)
-        if (a->out[i] != b->out[i])
-            fail_msg("token %d of %d differs: %d and %d (cached %d and %d)", i, a->n_out, a->out[i], b->out[i],
-                     a->result.n_cached, b->result.n_cached);
-}
-
-static void assert_idle(eng *e) {
-    eng_stats s;
-    eng_get_stats(e, &s);
-    assert_int_equal(s.n_running, 0);
-    assert_int_equal(s.n_waiting, 0);
-    for (int pool = 0; pool < BE_N_POOLS; pool++)
-        assert_int_equal(s.pages_used[pool], s.pages_cached[pool]);
-}
 
 /* ---- tokens ---- */
 
@@ -234,19 +46,6 @@ static void greedy__equals_transformers(void **state) {
         free(want);
     }
     eng_close(e);
-}
-
-static job *mixed_job(int i, int32_t prompt[400]) {
-    int n = 1 + i * 37 % 90;
-    fill_ids(prompt, 400, i % 3 ? (uint64_t)i : 1); /* every third one shares its beginning */
-    job *j = new_job(prompt, n, 8 + i % 9);
-    if (i % 2) {
-        j->r.sampling.temperature = 0.9f;
-        j->r.sampling.top_p = i % 4 == 1 ? 1 : 0.9f;
-        j->r.sampling.seed = (uint64_t)i;
-        j->r.has_seed = true;
-    }
-    return j;
 }
 
 static void batch__sixty_four_at_once_equal_each_alone(void **state) {
@@ -956,178 +755,27 @@ static void failure__not_a_number_ends_the_request(void **state) {
     eng_close(e);
 }
 
-/* ---- a device that samples: the CPU or reference backend behind a queue of two steps ---- */
-
-static struct {
-    samp *samp;
-    const be_act *logits;
-    be_sample row[64];
-    int32_t token[256], last[64], id[2][64];
-    int n_out, n_id[2], n_open, most_open, nan_at;
-} dev;
-
-static orcd_status dev_begin(be_device *d, be_kv *kv, const be_batch *b, be_step **out, orcd_error *err) {
-    be_batch known = *b;
-    for (int i = 0; i < b->n_tok; i++)
-        dev.token[i] = b->token[i] < 0 ? dev.last[-1 - b->token[i]] : b->token[i];
-    known.token = dev.token;
-    dev.logits = NULL;
-    dev.n_out = b->n_out;
-    return sound->step_begin(d, kv, &known, out, err);
+static void cut_file(void *ctx, uint64_t n_done, uint64_t n_total) {
+    if (n_done > 0 && n_done < n_total)
+        assert_int_equal(truncate(ctx, 1500001), 0);
 }
 
-static void dev_sample(be_step *s, const be_act *logits, const be_sample *row) {
-    (void)s;
-    dev.logits = logits;
-    memcpy(dev.row, row, (size_t)dev.n_out * sizeof *row);
-}
-
-static orcd_status dev_end(be_step *s, orcd_error *err) {
-    be_device *d = s->dev;
-    orcd_status st = sound->step_end(s, err);
-    if (st != ORCD_OK || fault != ORCD_OK)
-        return st != ORCD_OK ? st : orcd_fail(err, fault, "injected");
-    if (!dev.logits)
-        return ORCD_OK;
-    assert_true(dev.n_open < 2);
-    for (int k = 0; k < dev.n_out; k++) {
-        const be_sample *r = &dev.row[k];
-        samp_params p = SAMP_DEFAULTS;
-        p.temperature = r->temperature, p.top_p = r->top_p, p.min_p = r->min_p, p.top_k = r->top_k, p.seed = r->seed;
-        samp_input in = {.logits = sound->act_host(d, dev.logits) + k * 512, .params = &p, .draw = r->draw};
-        assert_int_equal(samp_draw(dev.samp, &in, &dev.last[k], err), ORCD_OK);
-        dev.id[dev.n_open][k] = dev.nan_at && (int)r->draw == dev.nan_at ? -1 : dev.last[k];
-    }
-    dev.n_id[dev.n_open++] = dev.n_out;
-    dev.most_open = dev.n_open > dev.most_open ? dev.n_open : dev.most_open;
-    return ORCD_OK;
-}
-
-static orcd_status dev_sampled(be_device *d, int32_t *id, orcd_error *err) {
-    (void)d, (void)err;
-    assert_true(dev.n_open > 0);
-    memcpy(id, dev.id[0], (size_t)dev.n_id[0] * sizeof *id);
-    memcpy(dev.id[0], dev.id[1], sizeof dev.id[0]);
-    dev.n_id[0] = dev.n_id[1];
-    dev.n_open--;
-    return ORCD_OK;
-}
-
-static eng *open_sampling_device(int max_batch) {
+static void open__a_file_cut_while_loading_is_an_error(void **state) {
+    (void)state;
+    char path[] = "/tmp/orcd-test-XXXXXX";
+    file_map from;
     orcd_error err;
-    eng *e = open_mini(max_batch, 0);
-    memset(&dev, 0, sizeof dev);
-    assert_int_equal(samp_open(512, &dev.samp, &err), ORCD_OK);
-    fault = ORCD_OK;
-    sound = e->dev->ops;
-    faulty = *sound;
-    faulty.step_begin = dev_begin;
-    faulty.step_end = dev_end;
-    faulty.sample = dev_sample;
-    faulty.sampled = dev_sampled;
-    e->dev->ops = &faulty;
-    return e;
-}
-
-static void close_sampling_device(eng *e) {
-    assert_idle(e);
-    e->dev->ops = sound;
-    eng_close(e);
-    samp_close(dev.samp);
-}
-
-/* Verdicts, logprobs and host-only features sprinkled in. */
-static job *eventful_job(int i, int32_t prompt[400]) {
-    static const int32_t forced[] = {7, 300, 7};
-    static const uint32_t bias_id[] = {9};
-    static const float bias[] = {3};
-    job *j = mixed_job(i, prompt);
-    if (i % 5 == 1) {
-        j->force_at = 3;
-        j->force = forced;
-        j->n_force = 1 + i % 3;
-    }
-    if (i % 7 == 2)
-        j->end_at = 5;
-    if (i % 4 == 2) {
-        j->replace_at = 2 + i % 5;
-        j->force = forced;
-        j->n_force = 1 + i % 2;
-    }
-    if (i < 12 && i % 5 == 3) /* the rest never needs the host before the next step */
-        j->r.top_logprobs = 3;
-    if (i < 12 && i % 5 == 4)
-        j->r.bias_id = bias_id, j->r.bias = bias, j->r.n_bias = 1;
-    return j;
-}
-
-static void ahead__equals_one_step_at_a_time(void **state) {
-    (void)state;
-    enum { N = 48 };
-    static int32_t prompt[N][400];
-    job *j[N], *want[N];
-    eng *plain = open_mini(4, ENG_NO_CACHE), *e = open_sampling_device(8);
-    for (int i = 0; i < N; i++)
-        want[i] = submit(plain, eventful_job(i, prompt[i]));
-    for (int i = 0; i < N; i++)
-        j[i] = submit(e, eventful_job(i, prompt[i]));
-    for (int i = 0; i < N; i++) {
-        wait_for(want[i]);
-        assert_same(wait_for(j[i]), want[i]);
-        assert_int_equal(j[i]->result.stop, want[i]->result.stop);
-        free_job(j[i]);
-        free_job(want[i]);
-    }
-    assert_int_equal(dev.most_open, 2);
-    close_sampling_device(e);
-    eng_close(plain);
-}
-
-static void ahead__cancels_and_follow_ups(void **state) {
-    (void)state;
-    static int32_t text[512];
-    eng *e = open_sampling_device(4), *plain = open_mini(1, ENG_NO_CACHE);
-    fill_ids(text, 512, 21);
-    for (int round = 0; round < 12; round++) {
-        int n = 20 + 23 * round;
-        job *gone = new_job(text, n, 400), *kept = new_job(text, n, 12);
-        submit(e, gone);
-        submit(e, kept);
-        usleep(1000 * (useconds_t)round);
-        eng_cancel(e, gone->ticket);
-        wait_for(gone);
-        wait_for(kept);
-        job *want = wait_for(submit(plain, new_job(text, n, 12)));
-        assert_same(kept, want);
-        assert_true(round == 0 || kept->result.n_cached > 0);
-        memcpy(text + n, kept->out, 12 * sizeof *text);
-        free_job(gone);
-        free_job(kept);
-        free_job(want);
-    }
-    close_sampling_device(e);
-    eng_close(plain);
-}
-
-static void ahead__a_bad_logit_or_step_ends_its_request(void **state) {
-    (void)state;
-    int32_t prompt[5] = {5, 6, 7, 8, 9};
-    eng *e = open_sampling_device(2);
-    dev.nan_at = 4;
-    job *j = wait_for(submit(e, new_job(prompt, 5, 50)));
-    assert_int_equal(j->result.stop, ENG_STOP_ERROR);
-    assert_int_equal(j->n_out, 4);
-    free_job(j);
-    dev.nan_at = 0;
-    fault = ORCD_ERR_NOMEM;
-    j = wait_for(submit(e, new_job(prompt, 5, 50)));
-    assert_int_equal(j->result.error.code, ORCD_ERR_NOMEM);
-    free_job(j);
-    fault = ORCD_OK;
-    j = wait_for(submit(e, new_job(prompt, 5, 50)));
-    assert_int_equal(j->n_out, 50);
-    free_job(j);
-    close_sampling_device(e);
+    eng *e;
+    int fd = mkstemp(path);
+    assert_int_equal(file_open("models/fable.gguf", &from, &err), ORCD_OK);
+    assert_int_equal(write(fd, from.data, from.size), from.size);
+    close(fd);
+    file_close(&from);
+    const eng_params p = {.model = path, .device = device, .progress = cut_file, .progress_ctx = path};
+    assert_int_equal(eng_open(&p, &e, &err), ORCD_ERR_IO);
+    assert_non_null(strstr(err.message, "became shorter"));
+    assert_null(e);
+    unlink(path);
 }
 
 static void open__refuses_what_cannot_be(void **state) {
@@ -1174,10 +822,8 @@ int main(int argc, char **argv) {
         cmocka_unit_test(decode__allocates_nothing),
         cmocka_unit_test(failure__of_a_step_ends_its_requests_only),
         cmocka_unit_test(failure__not_a_number_ends_the_request),
-        cmocka_unit_test(ahead__equals_one_step_at_a_time),
-        cmocka_unit_test(ahead__cancels_and_follow_ups),
-        cmocka_unit_test(ahead__a_bad_logit_or_step_ends_its_request),
         cmocka_unit_test(open__refuses_what_cannot_be),
+        cmocka_unit_test(open__a_file_cut_while_loading_is_an_error),
     };
     if (argc > 1)
         device = argv[1];

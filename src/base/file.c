@@ -2,6 +2,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -54,6 +56,52 @@ bool file_changed(const file_map *f) {
     struct stat st;
     return f->data && (fstat(f->fd, &st) != 0 || (uint64_t)st.st_size < f->size);
 }
+
+/* ---- files that shrink while they are mapped: a signal knows no context but globals ---- */
+
+static atomic_int shrunk_exit; /* code to leave with; 0 = none was given */
+static atomic_bool shrunk_zeros, shrunk;
+static atomic_long page_bytes;
+
+static void on_bus_error(int sig, siginfo_t *info, void *context) {
+    static const char sentence[] = "orcd: a file became shorter while it was being read: restore it and start again\n";
+    int code = atomic_load(&shrunk_exit);
+    uintptr_t bytes = (uintptr_t)atomic_load(&page_bytes), at = (uintptr_t)info->si_addr & ~(bytes - 1);
+    (void)context;
+    if (info->si_code == BUS_ADRERR && atomic_load(&shrunk_zeros) &&
+        mmap((void *)at, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED) {
+        atomic_store(&shrunk, true);
+        return;
+    }
+    if (info->si_code == BUS_ADRERR && code != 0) {
+        ssize_t n = write(STDERR_FILENO, sentence, sizeof sentence - 1);
+        (void)n;
+        _exit(code);
+    }
+    signal(sig, SIG_DFL); /* it comes again, and ends the process */
+}
+
+static void catch_bus_errors(void) {
+    struct sigaction sa;
+    memset(&sa, 0, sizeof sa);
+    sa.sa_sigaction = on_bus_error;
+    sa.sa_flags = SA_SIGINFO;
+    sigemptyset(&sa.sa_mask);
+    atomic_store(&page_bytes, sysconf(_SC_PAGESIZE));
+    sigaction(SIGBUS, &sa, NULL);
+}
+
+void file_shrunk_exits(int code) {
+    atomic_store(&shrunk_exit, code);
+    catch_bus_errors();
+}
+
+void file_shrunk_reads_zeros(bool yes) {
+    atomic_store(&shrunk_zeros, yes);
+    catch_bus_errors();
+}
+
+bool file_shrunk(void) { return atomic_load_explicit(&shrunk, memory_order_relaxed); }
 
 orcd_status file_slurp(const char *path, size_t limit, char **text, size_t *len, orcd_error *err) {
     uint64_t size;

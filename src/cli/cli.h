@@ -12,7 +12,7 @@
 
 #define ORCD_VERSION "0.1.0"
 
-enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2, EXIT_DEVICE = 74 };
+enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2, EXIT_MODEL = 70, EXIT_DEVICE = 74 };
 
 /* ---- options: one table per command feeds the parser, --help, shell completion and the manual ---- */
 

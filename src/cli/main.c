@@ -4,6 +4,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/file.h"
+
 #define COMMAND(name) extern const cli_command cmd_##name;
 #include "cli/list.def"
 #undef COMMAND
@@ -23,6 +25,7 @@ static void print_help(FILE *to) {
 }
 
 int main(int argc, char **argv) {
+    file_shrunk_exits(EXIT_MODEL);
     if (argc < 2) {
         print_help(stderr);
         return EXIT_USAGE;

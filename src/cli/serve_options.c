@@ -52,7 +52,12 @@ void note_event(void *ctx, const char *sentence) { log_event(ctx, "note", "s:s",
 
 int serve_until_end(server *s, eng *e) {
     server_end end = server_run(s);
-    int code = end == SERVER_DEVICE ? EXIT_DEVICE : end == SERVER_AT_ONCE ? EXIT_FAILED : EXIT_OK;
+    orcd_error why = {0};
+    int code = end == SERVER_AT_ONCE ? EXIT_FAILED : EXIT_OK;
+    if (end == SERVER_FAILED && eng_failure(e, &why))
+        code = why.code == ORCD_ERR_DEVICE ? EXIT_DEVICE : EXIT_MODEL;
+    if (end == SERVER_DRAINED && !server_is_idle(s))
+        code = EXIT_FAILED;
     if (end == SERVER_AT_ONCE || !server_is_idle(s)) { /* an engine that hangs cannot be closed */
         fflush(NULL);
         _exit(code);

@@ -176,8 +176,11 @@ typedef struct eng_stats { /* a snapshot, never blocking on the engine thread */
      * engine itself. */
     double step_s, forward_s, callback_s;
     double heartbeat_age_s; /* since the engine thread last went round its loop */
-    bool failed;            /* a sticky device error: the process should end with 74 */
+    bool failed;            /* for good: see eng_failure */
 } eng_stats;
 void eng_get_stats(const eng *e, eng_stats *out);
+/* Why the engine can do nothing any more: ORCD_ERR_DEVICE, a sticky device error (the process should end with 74), or
+ * ORCD_ERR_IO, the model's file is not what it was (70). False while it works. Any thread. */
+bool eng_failure(const eng *e, orcd_error *why);
 
 #endif

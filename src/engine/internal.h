@@ -68,8 +68,10 @@ struct eng {
     be_device *dev;
     arch_model *model;
     kv_store kv;
-    prefix *cache; /* NULL when off */
-    disk *disk;    /* what it keeps on disk; NULL when off */
+    bool reads_file;    /* the backend computes from the mapped file */
+    orcd_error failure; /* written before n.failed is set */
+    prefix *cache;      /* NULL when off */
+    disk *disk;         /* what it keeps on disk; NULL when off */
     samp *samp;
     int max_rows; /* rows of one step: chunk, at least max_batch */
 
@@ -135,6 +137,9 @@ static inline int seq_pending(const seq *s) { return s->n_tok - s->n_fed + (s->a
 static inline bool seq_decodes(const seq *s) {
     return s->n_tok + (s->awaits != NULL) > (int32_t)s->r.n_prompt && seq_pending(s) == 1;
 }
+
+/* The model's file is as long as it was, and every byte of it that was read was there. */
+orcd_status eng_check_file(const eng *e, orcd_error *err) ORCD_MUST_USE;
 
 /* ---- fingerprint.c ---- */
 

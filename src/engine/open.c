@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "base/checked.h"
+#include "base/file.h"
 #include "engine/internal.h"
 
 /* ---- what the file is ---- */
@@ -146,6 +147,13 @@ static void fill_info(eng *e, const eng_plan *p, int max_batch) {
     e->info.total_bytes = p->total;
 }
 
+orcd_status eng_check_file(const eng *e, orcd_error *err) {
+    if (!file_shrunk() && !mf_changed(e->file))
+        return ORCD_OK;
+    return orcd_fail(err, ORCD_ERR_IO, "%s became shorter while it was in use: restore it and start again",
+                     mf_path(e->file));
+}
+
 static orcd_status start_thread(eng *e, orcd_error *err) {
     pthread_condattr_t attr;
     pthread_condattr_init(&attr);
@@ -211,6 +219,7 @@ orcd_status eng_open(const eng_params *p, eng **out, orcd_error *err) {
     eng *e = calloc(1, sizeof *e);
     if (!e)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the engine");
+    file_shrunk_reads_zeros(true); /* asked about before anything that was read is used */
     ORCD_TRY_GOTO(st, done, open_file(e, p, err));
     ORCD_TRY_GOTO(st, done, open_tokenizer(e, p, err));
     arch_kv_spec(&e->cfg, &spec);
@@ -219,6 +228,9 @@ orcd_status eng_open(const eng_params *p, eng **out, orcd_error *err) {
     ORCD_TRY_GOTO(st, done,
                   arch_load(e->arch, e->file, &e->cfg, e->dev, pl.max_rows, max_batch, p->progress, p->progress_ctx,
                             &e->model, err));
+    ORCD_TRY_GOTO(st, done, eng_check_file(e, err));
+    e->reads_file = p->backend.no_repack || strcmp(e->dev->ops->name, "ref") == 0;
+    file_shrunk_reads_zeros(e->reads_file);
     ORCD_TRY_GOTO(st, done, kv_store_open(e->dev, &spec, &e->kv, err));
     uint64_t idle = p->cache_bytes && p->cache_bytes != ENG_NO_CACHE ? p->cache_bytes : UINT64_MAX;
     if (pl.n_entry > 0 && pl.n_page[BE_POOL_FULL] > 0)
@@ -232,6 +244,8 @@ orcd_status eng_open(const eng_params *p, eng **out, orcd_error *err) {
     *out = e;
     e = NULL;
 done:
+    if (st != ORCD_OK)
+        file_shrunk_reads_zeros(false);
     eng_close(e);
     return st;
 }

@@ -281,6 +281,8 @@ static orcd_status submit(eng *e, const be_batch *b, flight *f, bool sample, orc
             ops->sample(step, f->logits, e->sample);
         st = ops->step_end(step, err);
     }
+    if (st == ORCD_OK && e->reads_file)
+        st = eng_check_file(e, err);
     e->in_model += eng_now() - f->t_submit;
     return st;
 }
@@ -306,14 +308,16 @@ static orcd_status read_open(eng *e, orcd_error *err) {
     return st;
 }
 
-/* Every sequence of a failed step ends; a lost device ends the engine. */
+/* Every sequence of a failed step ends; a lost device or model file ends the engine. */
 static void fail_step(eng *e, const orcd_error *error) {
     orcd_error unread;
-    bool lost = error->code == ORCD_ERR_DEVICE;
+    bool lost = error->code == ORCD_ERR_DEVICE || error->code == ORCD_ERR_IO;
     if (e->open && read_open(e, &unread) != ORCD_OK)
         lost |= unread.code == ORCD_ERR_DEVICE;
-    if (lost)
-        atomic_store_explicit(&e->n.failed, true, memory_order_relaxed);
+    if (lost) {
+        e->failure = *error;
+        atomic_store_explicit(&e->n.failed, true, memory_order_release);
+    }
     for (int i = e->n_running; i-- > 0;)
         if (lost || e->order[i]->rows || e->order[i]->awaits)
             finish(e, e->order[i], ENG_STOP_ERROR, error);

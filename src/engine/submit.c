@@ -4,8 +4,8 @@
 #include "engine/internal.h"
 
 static orcd_status enqueue(eng *e, seq *s, eng_ticket *out, orcd_error *err) {
-    if (atomic_load_explicit(&e->n.failed, memory_order_relaxed))
-        return orcd_fail(err, ORCD_ERR_DEVICE, "the device has failed: this process must be started again");
+    if (atomic_load_explicit(&e->n.failed, memory_order_acquire))
+        return orcd_fail(err, ORCD_ERR_DEVICE, "the engine has failed for good: %s", e->failure.message);
     if (e->draining || e->closing)
         return orcd_fail(err, ORCD_ERR_CANCELLED, "the engine is shutting down and takes no new requests");
     if (e->n_queue == e->max_queue)
@@ -52,6 +52,13 @@ void eng_drain(eng *e) {
     pthread_mutex_lock(&e->lock);
     e->draining = true;
     pthread_mutex_unlock(&e->lock);
+}
+
+bool eng_failure(const eng *e, orcd_error *why) {
+    bool failed = atomic_load_explicit(&e->n.failed, memory_order_acquire);
+    if (failed)
+        *why = e->failure;
+    return failed;
 }
 
 static uint64_t get(const atomic_uint_fast64_t *v) { return atomic_load_explicit(v, memory_order_relaxed); }

@@ -13,7 +13,7 @@
 #define TICK_MS 100
 #define PING_S 5   /* a stream that was silent this long gets a comment */
 #define CUT_S 2    /* after the drain time: for jobs to notice that they were cancelled */
-#define DEVICE_S 1 /* after a device error: for the errors to reach the clients */
+#define FAILED_S 1 /* after the engine has failed: for the errors to reach the clients */
 
 static double now(void) {
     struct timespec t;
@@ -201,12 +201,14 @@ server_end server_run(server *s) {
         }
         eng_get_stats(s->engine, &stats);
         if (stats.failed) {
-            log_event(&s->p.log, "error", "s:s, s:s", "code", "CUDA_ERROR", "message",
-                      "the device has failed; this process ends");
+            orcd_error why = {0};
+            eng_failure(s->engine, &why);
+            log_event(&s->p.log, "error", "s:s, s:s", "code", why.code == ORCD_ERR_DEVICE ? "CUDA_ERROR" : "MODEL_LOST",
+                      "message", why.message);
             atomic_store(&s->draining, true);
-            for (double until = now() + DEVICE_S; n_live(s) && now() < until;)
+            for (double until = now() + FAILED_S; n_live(s) && now() < until;)
                 nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
-            return leave(SERVER_DEVICE);
+            return leave(SERVER_FAILED);
         }
         ping_silent_streams(s);
         double t = now();

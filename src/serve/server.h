@@ -41,7 +41,7 @@ int server_port(const server *s);
 typedef enum server_end {
     SERVER_DRAINED, /* every job ended or was cut after drain_s */
     SERVER_AT_ONCE, /* a second signal: leave without cleaning up */
-    SERVER_DEVICE   /* the device has failed; every job has its error */
+    SERVER_FAILED   /* the engine has failed for good (eng_failure); every job has its error */
 } server_end;
 /* Serve until a signal or /shutdown. */
 server_end server_run(server *s);

@@ -1,12 +1,14 @@
 """Signals, clients that do not read, sudden death."""
 import json
 import os
+import shutil
 import signal
 import socket
+import tempfile
 import time
 import unittest
 
-from common import Orcd, completion_text, free_port
+from common import MODEL, Orcd, completion_text
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 3000, "stream": True, "ignore_eos": True}
 
@@ -124,6 +126,49 @@ class Clients(unittest.TestCase):
             self.assertLess(time.monotonic() - t0, 1)
             for s in idle:
                 s.close()
+
+
+class Model(unittest.TestCase):
+    """The model's file is cut off while it is mapped: 1.5 MB and an odd number of bytes are left."""
+
+    def setUp(self):
+        self.dir = tempfile.mkdtemp(prefix="orcd-test-")
+        self.addCleanup(shutil.rmtree, self.dir)
+        self.path = shutil.copy(MODEL, self.dir)
+
+    def cut(self):
+        os.truncate(self.path, 1500001)
+
+    def test_streams_end_with_an_error_and_the_exit_code_is_70(self):
+        server = Orcd("--ctx", "4096", "--max-batch", "2", "--no-repack", model=self.path)
+        streams = [server.stream("/v1/completions", dict(LONG, seed=i)) for i in range(4)]  # two of them wait
+        next(iter(streams[0]))
+        self.cut()
+        for s in streams:
+            events = [d for _, d in s]
+            self.assertEqual(events[-1], "[DONE]")
+            self.assertIn("became shorter", events[-2]["error"]["message"])
+            s.close()
+        self.assertEqual(server.process.wait(5), 70)
+        self.assertIn("MODEL_LOST", server.log())
+        server.process.stdout.close()
+
+    def test_an_idle_server_says_so_at_the_next_request(self):
+        server = Orcd("--ctx", "4096", "--max-batch", "2", "--no-repack", model=self.path)
+        self.cut()
+        status, body = server.json("/v1/completions", {"prompt": "Once", "max_tokens": 4})
+        self.assertEqual(status, 500)
+        self.assertIn("became shorter", body["error"]["message"])
+        self.assertEqual(server.process.wait(5), 70)
+        server.process.stdout.close()
+
+    def test_weights_in_memory_do_not_need_the_file(self):
+        request = {"prompt": "Once upon a time", "max_tokens": 60, "temperature": 0}
+        with Orcd("--ctx", "4096", "--max-batch", "2", model=self.path) as server:
+            before = completion_text(server, request)[0]
+            self.cut()
+            self.assertEqual(completion_text(server, request)[0], before)
+            self.assertEqual(server.json("/health")[1]["status"], "healthy")
 
 
 class Death(unittest.TestCase):

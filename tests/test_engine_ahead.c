@@ -1,0 +1,188 @@
+/* The engine one step ahead of a device that samples: the CPU or reference backend behind a queue of two steps. */
+#include "engine_jobs.h"
+
+static be_ops faulty;
+static const be_ops *sound;
+static orcd_status fault;
+
+static struct {
+    samp *samp;
+    const be_act *logits;
+    be_sample row[64];
+    int32_t token[256], last[64], id[2][64];
+    int n_out, n_id[2], n_open, most_open, nan_at;
+} dev;
+
+static orcd_status dev_begin(be_device *d, be_kv *kv, const be_batch *b, be_step **out, orcd_error *err) {
+    be_batch known = *b;
+    for (int i = 0; i < b->n_tok; i++)
+        dev.token[i] = b->token[i] < 0 ? dev.last[-1 - b->token[i]] : b->token[i];
+    known.token = dev.token;
+    dev.logits = NULL;
+    dev.n_out = b->n_out;
+    return sound->step_begin(d, kv, &known, out, err);
+}
+
+static void dev_sample(be_step *s, const be_act *logits, const be_sample *row) {
+    (void)s;
+    dev.logits = logits;
+    memcpy(dev.row, row, (size_t)dev.n_out * sizeof *row);
+}
+
+static orcd_status dev_end(be_step *s, orcd_error *err) {
+    be_device *d = s->dev;
+    orcd_status st = sound->step_end(s, err);
+    if (st != ORCD_OK || fault != ORCD_OK)
+        return st != ORCD_OK ? st : orcd_fail(err, fault, "injected");
+    if (!dev.logits)
+        return ORCD_OK;
+    assert_true(dev.n_open < 2);
+    for (int k = 0; k < dev.n_out; k++) {
+        const be_sample *r = &dev.row[k];
+        samp_params p = SAMP_DEFAULTS;
+        p.temperature = r->temperature, p.top_p = r->top_p, p.min_p = r->min_p, p.top_k = r->top_k, p.seed = r->seed;
+        samp_input in = {.logits = sound->act_host(d, dev.logits) + k * 512, .params = &p, .draw = r->draw};
+        assert_int_equal(samp_draw(dev.samp, &in, &dev.last[k], err), ORCD_OK);
+        dev.id[dev.n_open][k] = dev.nan_at && (int)r->draw == dev.nan_at ? -1 : dev.last[k];
+    }
+    dev.n_id[dev.n_open++] = dev.n_out;
+    dev.most_open = dev.n_open > dev.most_open ? dev.n_open : dev.most_open;
+    return ORCD_OK;
+}
+
+static orcd_status dev_sampled(be_device *d, int32_t *id, orcd_error *err) {
+    (void)d, (void)err;
+    assert_true(dev.n_open > 0);
+    memcpy(id, dev.id[0], (size_t)dev.n_id[0] * sizeof *id);
+    memcpy(dev.id[0], dev.id[1], sizeof dev.id[0]);
+    dev.n_id[0] = dev.n_id[1];
+    dev.n_open--;
+    return ORCD_OK;
+}
+
+static eng *open_sampling_device(int max_batch) {
+    orcd_error err;
+    eng *e = open_mini(max_batch, 0);
+    memset(&dev, 0, sizeof dev);
+    assert_int_equal(samp_open(512, &dev.samp, &err), ORCD_OK);
+    fault = ORCD_OK;
+    sound = e->dev->ops;
+    faulty = *sound;
+    faulty.step_begin = dev_begin;
+    faulty.step_end = dev_end;
+    faulty.sample = dev_sample;
+    faulty.sampled = dev_sampled;
+    e->dev->ops = &faulty;
+    return e;
+}
+
+static void close_sampling_device(eng *e) {
+    assert_idle(e);
+    e->dev->ops = sound;
+    eng_close(e);
+    samp_close(dev.samp);
+}
+
+/* Verdicts, logprobs and host-only features sprinkled in. */
+static job *eventful_job(int i, int32_t prompt[400]) {
+    static const int32_t forced[] = {7, 300, 7};
+    static const uint32_t bias_id[] = {9};
+    static const float bias[] = {3};
+    job *j = mixed_job(i, prompt);
+    if (i % 5 == 1) {
+        j->force_at = 3;
+        j->force = forced;
+        j->n_force = 1 + i % 3;
+    }
+    if (i % 7 == 2)
+        j->end_at = 5;
+    if (i % 4 == 2) {
+        j->replace_at = 2 + i % 5;
+        j->force = forced;
+        j->n_force = 1 + i % 2;
+    }
+    if (i < 12 && i % 5 == 3) /* the rest never needs the host before the next step */
+        j->r.top_logprobs = 3;
+    if (i < 12 && i % 5 == 4)
+        j->r.bias_id = bias_id, j->r.bias = bias, j->r.n_bias = 1;
+    return j;
+}
+
+static void ahead__equals_one_step_at_a_time(void **state) {
+    (void)state;
+    enum { N = 48 };
+    static int32_t prompt[N][400];
+    job *j[N], *want[N];
+    eng *plain = open_mini(4, ENG_NO_CACHE), *e = open_sampling_device(8);
+    for (int i = 0; i < N; i++)
+        want[i] = submit(plain, eventful_job(i, prompt[i]));
+    for (int i = 0; i < N; i++)
+        j[i] = submit(e, eventful_job(i, prompt[i]));
+    for (int i = 0; i < N; i++) {
+        wait_for(want[i]);
+        assert_same(wait_for(j[i]), want[i]);
+        assert_int_equal(j[i]->result.stop, want[i]->result.stop);
+        free_job(j[i]);
+        free_job(want[i]);
+    }
+    assert_int_equal(dev.most_open, 2);
+    close_sampling_device(e);
+    eng_close(plain);
+}
+
+static void ahead__cancels_and_follow_ups(void **state) {
+    (void)state;
+    static int32_t text[512];
+    eng *e = open_sampling_device(4), *plain = open_mini(1, ENG_NO_CACHE);
+    fill_ids(text, 512, 21);
+    for (int round = 0; round < 12; round++) {
+        int n = 20 + 23 * round;
+        job *gone = new_job(text, n, 400), *kept = new_job(text, n, 12);
+        submit(e, gone);
+        submit(e, kept);
+        usleep(1000 * (useconds_t)round);
+        eng_cancel(e, gone->ticket);
+        wait_for(gone);
+        wait_for(kept);
+        job *want = wait_for(submit(plain, new_job(text, n, 12)));
+        assert_same(kept, want);
+        assert_true(round == 0 || kept->result.n_cached > 0);
+        memcpy(text + n, kept->out, 12 * sizeof *text);
+        free_job(gone);
+        free_job(kept);
+        free_job(want);
+    }
+    close_sampling_device(e);
+    eng_close(plain);
+}
+
+static void ahead__a_bad_logit_or_step_ends_its_request(void **state) {
+    (void)state;
+    int32_t prompt[5] = {5, 6, 7, 8, 9};
+    eng *e = open_sampling_device(2);
+    dev.nan_at = 4;
+    job *j = wait_for(submit(e, new_job(prompt, 5, 50)));
+    assert_int_equal(j->result.stop, ENG_STOP_ERROR);
+    assert_int_equal(j->n_out, 4);
+    free_job(j);
+    dev.nan_at = 0;
+    fault = ORCD_ERR_NOMEM;
+    j = wait_for(submit(e, new_job(prompt, 5, 50)));
+    assert_int_equal(j->result.error.code, ORCD_ERR_NOMEM);
+    free_job(j);
+    fault = ORCD_OK;
+    j = wait_for(submit(e, new_job(prompt, 5, 50)));
+    assert_int_equal(j->n_out, 50);
+    free_job(j);
+    close_sampling_device(e);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(ahead__equals_one_step_at_a_time),
+        cmocka_unit_test(ahead__cancels_and_follow_ups),
+        cmocka_unit_test(ahead__a_bad_logit_or_step_ends_its_request),
+    };
+    device = be_find("cpu") ? "cpu" : "ref";
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
