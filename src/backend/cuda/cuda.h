@@ -200,6 +200,8 @@ struct cuda_scratch { /* shared by all operations of a step, sized by the larges
     uint32_t *arrived;
     float2 *rope;   /* [max_tok][64] cos, sin */
     uint64_t *best; /* sampling, [outs][CUDA_SAMPLE_PARTS] */
+    uint8_t *wide_x, *wide_hidden; /* rows in wide.cuh's order: a product's input, the experts' hidden rows */
+    size_t wide_x_bytes, wide_hidden_bytes;
     size_t hidden_bytes, down_bytes, pairs, tiles, tok, outs, n_count, n_partial, n_arrived; /* what is there */
 };
 
@@ -235,7 +237,7 @@ struct cuda_dev {
     } ids[2];
     int id_first, n_id_open;
 
-    int64_t want_pairs, want_ff, want_embd, want_expert; /* largest asked for, for scratch */
+    int64_t want_pairs, want_ff, want_embd, want_expert, want_col; /* largest asked for, for scratch */
     cuda_scratch scratch;
     struct {
         float f[64];
@@ -392,8 +394,16 @@ static inline void cuda_launch(cuda_run *r, void (*kernel)(Param...), dim3 grid,
     r->error = cudaLaunchKernelEx(&c, kernel, (Param)arg...);
 }
 
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+/* Products of many rows by wgmma (wide.cuh). A dry device plans for them. */
+static inline bool cuda_has_wide(const cuda_dev *d) { return d->dry || (d->major == 9 && d->minor == 0); }
+/* Pairs in order of experts, each expert's padded to 8. */
+static inline int64_t cuda_wide_pairs(int64_t pairs, int64_t n_expert) {
+    return round_up(pairs + 7 * (n_expert < pairs ? n_expert : pairs), 8);
+}
+
 /* Units of 64 columns per segment. */
 static inline __host__ __device__ int seg_len(int units) { return (units + CUDA_MAX_SPLIT - 1) / CUDA_MAX_SPLIT; }
-static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 #endif

@@ -3,7 +3,7 @@
  * Rows are put in order of their experts (perm), cut into tiles of at most `width` rows of one expert, and each tile
  * goes through the packed products. Each (row, expert) pair's output is kept apart and added up at the end in the order
  * of the route, so that a row's result does not depend on its neighbours. */
-#include "backend/cuda/linear.cuh"
+#include "backend/cuda/wide.cuh"
 
 #define MAX_TOP_K 64
 
@@ -162,9 +162,11 @@ cudaError_t cuda_apply_gain(cuda_dev *d, cuda_weight *router, const cuda_weight 
 
 /* ---- order of experts ---- */
 
-/* One block: pairs in order of expert then row, and the tiles of at most `width` of them. */
+/* One block: pairs in order of expert then row, and the tiles of at most `width` of them. pad > 1: an expert's pairs
+ * begin at a multiple of it, perm is -1 between experts, and an expert's tiles are alike; total: pairs and padding. */
 static __global__ __launch_bounds__(1024) void order_kernel(cuda_count rows, const int32_t *id, int k, int n_expert,
-                                                            int width, int32_t *perm, int4 *tile, int32_t *n_tiles) {
+                                                            int width, int pad, int32_t *perm, int4 *tile,
+                                                            int32_t *n_tiles, int32_t *total) {
     __shared__ int count[CUDA_MAX_EXPERT], first[CUDA_MAX_EXPERT], first_tile[CUDA_MAX_EXPERT];
     pdl_launch();
     for (int e = threadIdx.x; e < n_expert; e += blockDim.x)
@@ -179,7 +181,8 @@ static __global__ __launch_bounds__(1024) void order_kernel(cuda_count rows, con
         int at = 0, t = 0;
         for (int e0 = 0; e0 < n_expert; e0 += 32) {
             const int e = e0 + lane, c = e < n_expert ? count[e] : 0, nt = (c + width - 1) / width;
-            int sum = c, tiles = nt;
+            const int padded = (c + pad - 1) / pad * pad;
+            int sum = padded, tiles = nt;
 #pragma unroll
             for (int d = 1; d < 32; d <<= 1) {
                 const int a = __shfl_up_sync(~0u, sum, d), b = __shfl_up_sync(~0u, tiles, d);
@@ -189,26 +192,37 @@ static __global__ __launch_bounds__(1024) void order_kernel(cuda_count rows, con
                 }
             }
             if (e < n_expert) {
-                first[e] = at + sum - c;
+                first[e] = at + sum - padded;
                 first_tile[e] = t + tiles - nt;
             }
             at += __shfl_sync(~0u, sum, 31);
             t += __shfl_sync(~0u, tiles, 31);
         }
-        if (lane == 0)
+        if (lane == 0) {
             *n_tiles = t;
+            *total = at;
+        }
     }
     __syncthreads();
     for (int e = warp; e < n_expert; e += 32) {
-        const int c = count[e];
-        for (int i = lane; i * width < c; i += 32)
-            tile[first_tile[e] + i] = make_int4(e, first[e] + i * width, min(width, c - i * width), 0);
-        for (int p0 = 0, at = first[e]; c > 0 && p0 < pairs; p0 += 32) {
-            const bool mine = p0 + lane < pairs && id[p0 + lane] == e;
-            const uint32_t who = __ballot_sync(~0u, mine);
-            if (mine)
-                perm[at + __popc(who & ((1u << lane) - 1))] = p0 + lane;
-            at += __popc(who);
+        const int c = count[e], nt = (c + width - 1) / width;
+        const int per = pad > 1 && nt ? ((c + nt - 1) / nt + pad - 1) / pad * pad : width;
+        for (int i = lane; i < nt; i += 32)
+            tile[first_tile[e] + i] = make_int4(e, first[e] + i * per, min(per, c - i * per), 0);
+        if (c + lane < (c + pad - 1) / pad * pad)
+            perm[first[e] + c + lane] = -1;
+        for (int p0 = 0, at = first[e]; c > 0 && p0 < pairs; p0 += 8 * 32) {
+            int32_t v[8];
+#pragma unroll
+            for (int q = 0; q < 8; q++)
+                v[q] = p0 + q * 32 + lane < pairs ? id[p0 + q * 32 + lane] : -1;
+#pragma unroll
+            for (int q = 0; q < 8; q++) {
+                const uint32_t who = __ballot_sync(~0u, v[q] == e);
+                if (v[q] == e)
+                    perm[at + __popc(who & ((1u << lane) - 1))] = p0 + q * 32 + lane;
+                at += __popc(who);
+            }
         }
     }
 }
@@ -241,14 +255,37 @@ static int tile_width(int pairs, int n_expert) {
     return mean <= 6 ? 8 : mean <= 14 ? 16 : mean <= 28 ? 32 : 64;
 }
 
+static void to_down(lin_args *a, const cuda_cmd *c, const cuda_scratch *s) {
+    a->bias = c->w2->bias;
+    a->bias_mat = c->w2->base.n_row;
+    a->y = s->down;
+    a->ldy = c->w2->base.n_row;
+}
+
+static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l, int pairs) {
+    cuda_scratch *s = &r->dev->scratch;
+    wide_pack(r, {s->count + 1, pairs}, s->perm, c->k, c->x->f16, c->x->ld, s->wide_x, pairs);
+    wide_args a = {};
+    a.l = l;
+    a.x = s->wide_x;
+    a.ldx = pairs;
+    a.hidden = s->wide_hidden;
+    wide_launch<LIN_GATE_UP>(r, &c->w->matrix[0], a);
+    a.x = s->wide_hidden;
+    to_down(&a.l, c, s);
+    wide_launch<LIN_DOWN>(r, &c->w2->matrix[0], a);
+}
+
 void cuda_run_experts(cuda_run *r, const cuda_cmd *c) {
     cuda_dev *d = r->dev;
     cuda_scratch *s = &d->scratch;
     const cuda_count rows = cuda_rows_of(r, c);
-    const int n_expert = (int)c->w->base.n_mat, pairs = rows.cap * c->k, width = tile_width(pairs, n_expert);
+    const int n_expert = (int)c->w->base.n_mat, pairs = rows.cap * c->k, few = tile_width(pairs, n_expert);
+    const bool wide = few == 64 && cuda_has_wide(d);
+    const int width = wide ? WIDE_COLS : few;
     const int by_count = n_expert + pairs / width, n_block = pairs < by_count ? pairs : by_count;
     cuda_launch(r, order_kernel, dim3(1), dim3(1024), 0, rows, (const int32_t *)c->z->id, c->k, n_expert, width,
-                s->perm, s->tile, s->count);
+                wide ? 8 : 1, s->perm, s->tile, s->count, s->count + 1);
     lin_args a = {};
     a.tile = s->tile;
     a.n_tiles = s->count;
@@ -262,16 +299,17 @@ void cuda_run_experts(cuda_run *r, const cuda_cmd *c) {
     a.ldh = round_up(c->w->matrix[0].n_row, 64);
     a.alpha = c->glu.alpha;
     a.limit = c->glu.limit;
-    lin_launch<LIN_GATE_UP>(r, &c->w->matrix[0], a, width, n_block);
-    a.x = s->hidden;
-    a.ldx = a.ldh;
-    a.yh = NULL;
-    a.bias = c->w2->bias;
-    a.bias_mat = c->w2->base.n_row;
-    a.y = s->down;
-    a.ldy = c->w2->base.n_row;
-    lin_launch<LIN_DOWN>(r, &c->w2->matrix[0], a, width, n_block);
-    const unsigned wide = rows.cap < 64 ? 8 : 1;
-    cuda_launch(r, combine_kernel, dim3((unsigned)rows.cap, wide), dim3(wide > 1 ? 384 : 512), 0, rows,
+    if (wide)
+        run_wide(r, c, a, (int)cuda_wide_pairs(pairs, n_expert));
+    else {
+        lin_launch<LIN_GATE_UP>(r, &c->w->matrix[0], a, width, n_block);
+        a.x = s->hidden;
+        a.ldx = a.ldh;
+        a.yh = NULL;
+        to_down(&a, c, s);
+        lin_launch<LIN_DOWN>(r, &c->w2->matrix[0], a, width, n_block);
+    }
+    const unsigned parts = rows.cap < 64 ? 8 : 1;
+    cuda_launch(r, combine_kernel, dim3((unsigned)rows.cap, parts), dim3(parts > 1 ? 384 : 512), 0, rows,
                 (const float *)s->down, (const float *)c->z->expert_w, c->k, c->y->f32, (int)c->w2->base.n_row);
 }

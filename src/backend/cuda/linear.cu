@@ -1,5 +1,32 @@
 /* backend/cuda/linear.cu: y = epilogue(W x + b). */
-#include "backend/cuda/linear.cuh"
+#include "backend/cuda/wide.cuh"
+
+/* Activation rows of an item: fewer fill the device when there is little to do. */
+static int wide_cols(int rows, int n_tile, int n_sm) {
+    int best = 0, least = 0;
+    for (int cols = 32; cols <= WIDE_COLS; cols += 32) {
+        const int items = (n_tile + WIDE_TILES - 1) / WIDE_TILES * ((rows + cols - 1) / cols);
+        const int cost = (items + n_sm - 1) / n_sm * (cols + 40); /* 40: what an item costs whatever its rows */
+        if (best == 0 || cost < least) {
+            best = cols;
+            least = cost;
+        }
+    }
+    return best;
+}
+
+static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l) {
+    uint8_t *x = r->dev->scratch.wide_x;
+    wide_args a = {};
+    a.l = l;
+    a.x = x;
+    a.ldx = round_up(l.rows.cap, 8);
+    wide_pack(r, l.rows, NULL, 1, l.x, l.ldx, x, a.ldx);
+    for (int i = 0; i < c->w->n_matrix; i++) {
+        a.cols = wide_cols(l.rows.cap, c->w->matrix[i].n_tile, r->dev->n_sm);
+        wide_dense(r, &c->w->matrix[i], a);
+    }
+}
 
 void cuda_run_linear(cuda_run *r, const cuda_cmd *c) {
     lin_args a = {};
@@ -12,6 +39,10 @@ void cuda_run_linear(cuda_run *r, const cuda_cmd *c) {
     a.ldy = c->y->base.width;
     a.ldh = c->y->ld;
     a.epilogue = c->epilogue;
+    if (a.rows.cap > 64 && cuda_has_wide(r->dev)) {
+        run_wide(r, c, a);
+        return;
+    }
     const int width = lin_width(a.rows.cap), blocks = (a.rows.cap + width - 1) / width;
     for (int i = 0; i < c->w->n_matrix; i++)
         lin_launch<LIN_DENSE>(r, &c->w->matrix[i], a, width, blocks);

@@ -396,17 +396,22 @@ template <class F, lin_mode MODE> static void lin_launch_form(cuda_run *r, const
     }
 }
 
+/* What a launch takes from the matrix. */
+static inline void lin_matrix(lin_args *a, const cuda_matrix *m) {
+    a->w = m->data;
+    a->mat_bytes = (int64_t)m->n_tile * m->n_unit * m->chunk_bytes;
+    a->n_tile = m->n_tile;
+    a->n_unit = m->n_unit;
+    a->seg = seg_len(m->n_unit);
+    a->factor = m->factor;
+    a->n_row = (int)m->n_row;
+    a->row0 = m->row0;
+    a->map = m->map;
+}
+
 /* width: columns per block (lin_width); n_block: blocks of columns. */
 template <lin_mode MODE> static void lin_launch(cuda_run *r, const cuda_matrix *m, lin_args a, int width, int n_block) {
-    a.w = m->data;
-    a.mat_bytes = (int64_t)m->n_tile * m->n_unit * m->chunk_bytes;
-    a.n_tile = m->n_tile;
-    a.n_unit = m->n_unit;
-    a.seg = seg_len(m->n_unit);
-    a.factor = m->factor;
-    a.n_row = (int)m->n_row;
-    a.row0 = m->row0;
-    a.map = m->map;
+    lin_matrix(&a, m);
     switch (m->form) {
     case CUDA_FORM_MXFP4:
         lin_launch_form<form_mxfp4, MODE>(r, a, width, n_block);

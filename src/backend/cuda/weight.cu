@@ -471,6 +471,8 @@ orcd_status cuda_load(be_device *base, const be_load *l, be_weight **out, orcd_e
         ORCD_TRY_GOTO(st, done, load_matrices(d, l, w, err));
     if (any_bias(l))
         ORCD_TRY_GOTO(st, done, load_bias(d, l, &w->bias, err));
+    if (l->use == BE_USE_LINEAR || l->use == BE_USE_GATE_UP)
+        d->want_col = w->base.n_col > d->want_col ? w->base.n_col : d->want_col;
     if (l->use == BE_USE_GATE_UP) {
         const int64_t ff = (int64_t)l->part[0].n_row;
         d->want_ff = ff > d->want_ff ? ff : d->want_ff;

@@ -1,0 +1,379 @@
+/* backend/cuda/wide.cuh: packed matrices times many rows on Hopper: the bits of linear.cuh's kernels, by wgmma.
+ *
+ * Weights are the register operand, unpacked as they are; activations come from shared memory. A block computes items
+ * of 128 matrix rows and up to 128 activation rows: one warp fills a ring of stages with bulk copies, two groups of
+ * four warps take 64 matrix rows each. A group keeps two products in flight, one for each half of the activation rows,
+ * and scales one half's block sums while the other half, and the other group, have the tensor cores.
+ *
+ * Activations lie in the order in which the copies take them: [unit of 64 columns][row][128 bytes], the 16-byte pieces
+ * of a row swizzled with its index, so the first row of an item is a multiple of 8. Inside each block of 32 columns the
+ * columns follow the packed weights: piece q holds columns 2q, 2q + 1 of each 8. */
+#ifndef ORCD_BACKEND_CUDA_WIDE_CUH
+#define ORCD_BACKEND_CUDA_WIDE_CUH
+
+#include "backend/cuda/linear.cuh"
+#include "backend/cuda/wgmma.cuh"
+
+#define WIDE_COLS 128 /* activation rows of an item */
+#define WIDE_TILES 8  /* tiles of 16 matrix rows */
+#define WIDE_X_UNIT (WIDE_COLS * 128)
+#define WIDE_THREADS 384
+
+struct wide_args {
+    lin_args l;       /* x is not used; rows: DENSE */
+    const uint8_t *x; /* [unit][ldx rows][128] */
+    int64_t ldx;
+    uint8_t *hidden; /* GATE_UP: [unit][ldx rows][128] */
+    int cols;        /* DENSE: rows of an item, a multiple of 8 */
+};
+
+/* Bytes from a row's start in its unit: column (0..63) of row i. */
+static __device__ __forceinline__ int wide_at(int col, int64_t i) {
+    const int piece = (col >> 5) * 4 + (col >> 1 & 3);
+    return ((piece ^ (int)(i & 7)) << 4) + (col >> 3 & 3) * 4 + (col & 1) * 2;
+}
+
+/* wide.cu: rows of x (row perm[i] / k for row i, none where perm is negative; perm NULL: all) in the order above. */
+void wide_pack(cuda_run *r, cuda_count rows, const int32_t *perm, int k, const uint16_t *x, int64_t ldx, uint8_t *out,
+               int64_t ldo);
+void wide_dense(cuda_run *r, const cuda_matrix *m, const wide_args &a);
+
+template <class F> struct wide_plan {
+    static constexpr int UNITS = F::CHUNK <= 1088 ? 2 : 1; /* of a stage */
+    static constexpr int X_BYTES = UNITS * WIDE_X_UNIT, W_BYTES = WIDE_TILES * UNITS * F::CHUNK;
+    static constexpr int FIT = (225 * 1024) / (X_BYTES + W_BYTES), STAGES = FIT < 8 ? FIT : 8;
+    static constexpr int SHARED = STAGES * (X_BYTES + W_BYTES) + 1024 + 256;
+};
+
+#ifdef HAVE_WGMMA
+struct wide_ring { /* addresses in shared memory; the place that a thread has reached */
+    uint32_t x, w, full, empty;
+    const uint8_t *w_ptr;
+    int stage;
+    uint32_t parity;
+};
+template <int STAGES> static __device__ __forceinline__ void wide_next(wide_ring &r) {
+    if (++r.stage == STAGES) {
+        r.stage = 0;
+        r.parity ^= 1;
+    }
+}
+
+/* One warp's copies for one item. */
+template <class F> static __device__ void wide_fill(const wide_args &a, const lin_cols &c, int tile0, wide_ring &r) {
+    using P = wide_plan<F>;
+    const int lane = threadIdx.x % 32, rows = (c.n + 7) & ~7;
+    const uint8_t *w =
+        a.l.w + c.mat * a.l.mat_bytes + (int64_t)min(tile0 + lane % WIDE_TILES, a.l.n_tile - 1) * a.l.n_unit * F::CHUNK;
+    for (int u = 0; u < a.l.n_unit; u += P::UNITS) {
+        const int n = min(P::UNITS, a.l.n_unit - u);
+        mbar_wait(r.empty + 8 * r.stage, r.parity ^ 1);
+        const uint32_t full = r.full + 8 * r.stage;
+        if (lane == 0)
+            mbar_expect(full, (uint32_t)(n * (rows * 128 + WIDE_TILES * F::CHUNK)));
+        __syncwarp();
+        if (lane < WIDE_TILES)
+            bulk_copy(r.w + r.stage * P::W_BYTES + lane * (P::UNITS * F::CHUNK), w + (int64_t)u * F::CHUNK,
+                      (uint32_t)(n * F::CHUNK), full);
+        else if (lane < WIDE_TILES + n)
+            bulk_copy(r.x + r.stage * P::X_BYTES + (lane - WIDE_TILES) * WIDE_X_UNIT,
+                      a.x + ((int64_t)(u + lane - WIDE_TILES) * a.ldx + c.first) * 128, (uint32_t)rows * 128, full);
+        wide_next<P::STAGES>(r);
+    }
+}
+
+/* c = the block's 64 x N product. */
+template <int N>
+static __device__ __forceinline__ void wide_issue(float (&c)[N / 2], const uint32_t (&a)[2][4], uint64_t desc) {
+    wgmma_fence();
+    wgmma<N>(c, a[0], desc, 0);
+    wgmma<N>(c, a[1], desc + 2, 1);
+    wgmma_commit();
+}
+
+template <int R>
+static __device__ __forceinline__ void wide_scale(float (&acc)[R], const float (&c)[R], const float (&s)[2]) {
+#pragma unroll
+    for (int i = 0; i < R; i++)
+        acc[i] = fmaf(s[i / 2 % 2], c[i], acc[i]);
+}
+
+/* A segment is over. */
+template <int R> static __device__ __forceinline__ void wide_add(float (&total)[2][R], float (&acc)[2][R]) {
+#pragma unroll
+    for (int i = 0; i < 2 * R; i++) {
+        total[i / R][i % R] += acc[i / R][i % R];
+        acc[i / R][i % R] = 0;
+    }
+}
+
+/* Sums of an item for weights with block scales: 64 rows x 2 N columns of a group. */
+template <class F, int N>
+static __device__ __forceinline__ void wide_sum_scaled(const wide_args &a, wide_ring &r, int group, int lane,
+                                                       float (&total)[2][N / 2]) {
+    using P = wide_plan<F>;
+    constexpr int R = N / 2, HALF = N * 128 / 16;
+    const int n_unit = a.l.n_unit, tile = group * 4 + threadIdx.x / 32 % 4;
+    float acc[2][R], c0[R], c1[R];
+#pragma unroll
+    for (int i = 0; i < 2 * R; i++)
+        total[i / R][i % R] = acc[i / R][i % R] = 0;
+    uint64_t desc;
+    frag_block f, f2;
+    typename F::raw raw;
+    auto open = [&](int u) {
+        const int k = u % P::UNITS;
+        if (k == 0)
+            mbar_wait(r.full + 8 * r.stage, r.parity);
+        raw = F::load_shared(r.w_ptr + r.stage * P::W_BYTES + (tile * P::UNITS + k) * F::CHUNK, lane);
+        desc = wgmma_desc(r.x + r.stage * P::X_BYTES + k * WIDE_X_UNIT);
+        f = F::block(raw, 0);
+    };
+    open(0);
+    for (int u = 0, left = a.l.seg; u < n_unit; u++) {
+        const int k = u % P::UNITS;
+        const uint32_t empty = r.empty + 8 * r.stage;
+        const bool leave = k == P::UNITS - 1 || u + 1 == n_unit;
+        wide_issue<N>(c0, f.a, desc);
+        wide_issue<N>(c1, f.a, desc + HALF);
+        f2 = F::block(raw, 1);
+        wgmma_wait<1>(c0);
+        wide_scale(acc[0], c0, f.s);
+        wide_issue<N>(c0, f2.a, desc + 4);
+        wgmma_wait<1>(c1);
+        wide_scale(acc[1], c1, f.s);
+        wide_issue<N>(c1, f2.a, desc + 4 + HALF);
+        if (leave)
+            wide_next<P::STAGES>(r);
+        if (u + 1 < n_unit)
+            open(u + 1);
+        wgmma_wait<1>(c0);
+        wide_scale(acc[0], c0, f2.s);
+        wgmma_wait<0>(c1);
+        if (leave && lane == 0)
+            mbar_arrive(empty);
+        wide_scale(acc[1], c1, f2.s);
+        if (--left == 0) {
+            left = a.l.seg;
+            wide_add(total, acc);
+        }
+    }
+    wide_add(total, acc); /* nothing, when the last segment was whole */
+}
+
+/* The same for weights without scales: a segment is one chain. */
+template <class F, int N>
+static __device__ __forceinline__ void wide_sum_plain(const wide_args &a, wide_ring &r, int group, int lane,
+                                                      float (&total)[2][N / 2]) {
+    using P = wide_plan<F>;
+    constexpr int R = N / 2, HALF = N * 128 / 16, PLANES = F::CHUNK / 2048;
+    const int n_unit = a.l.n_unit, tile = group * 4 + threadIdx.x / 32 % 4;
+    float acc[2][R];
+#pragma unroll
+    for (int i = 0; i < 2 * R; i++)
+        total[i / R][i % R] = 0;
+    for (int u = 0, left = a.l.seg; u < n_unit; u++) {
+        const int k = u % P::UNITS;
+        if (k == 0)
+            mbar_wait(r.full + 8 * r.stage, r.parity);
+        const typename F::raw raw =
+            F::load_shared(r.w_ptr + r.stage * P::W_BYTES + (tile * P::UNITS + k) * F::CHUNK, lane);
+        const uint64_t desc = wgmma_desc(r.x + r.stage * P::X_BYTES + k * WIDE_X_UNIT);
+        const int first = left == a.l.seg;
+        wgmma_fence();
+#pragma unroll
+        for (int b = 0; b < 2; b++)
+#pragma unroll
+            for (int p = 0; p < PLANES; p++) {
+                const uint4 lo = raw.q[p][b][0], hi = raw.q[p][b][1];
+                const uint32_t a0[4] = {lo.x, hi.x, lo.y, hi.y}, a1[4] = {lo.z, hi.z, lo.w, hi.w};
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    wgmma<N>(acc[h], a0, desc + h * HALF + b * 4, !first || b || p);
+                    wgmma<N>(acc[h], a1, desc + h * HALF + b * 4 + 2, 1);
+                }
+            }
+        wgmma_commit();
+        wgmma_wait<0>(acc[0]);
+        wgmma_wait<0>(acc[1]);
+        if (u + 1 == n_unit || k == P::UNITS - 1) {
+            if (lane == 0)
+                mbar_arrive(r.empty + 8 * r.stage);
+            wide_next<P::STAGES>(r);
+        }
+        if (--left == 0 || u + 1 == n_unit) {
+            left = a.l.seg;
+            wide_add(total, acc);
+        }
+    }
+}
+
+/* Results of DENSE and DOWN: rows g and g + 8 of a tile. */
+template <lin_mode MODE, int N>
+static __device__ __forceinline__ void wide_put(const wide_args &a, const lin_cols &c, int tile, int lane,
+                                                const float (&total)[2][N / 2]) {
+    const int g = lane >> 2, t = lane & 3;
+    const lin_args &l = a.l;
+    if (tile >= l.n_tile)
+        return;
+#pragma unroll
+    for (int q = 0; q < 2; q++) {
+        const int row = lin_row(l, tile, g + 8 * q);
+        if (row >= l.n_row)
+            continue;
+        const float bias = l.bias ? l.bias[c.mat * l.bias_mat + l.row0 + row] : 0.f;
+#pragma unroll
+        for (int i = 0; i < N / 4; i++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int col = i * 8 + 2 * t + e;
+                if (col >= c.n)
+                    continue;
+                float v = __fmul_rn(total[i / (N / 8)][i % (N / 8) * 4 + 2 * q + e], l.factor);
+                if (l.bias)
+                    v += bias;
+                if (MODE == LIN_DOWN) {
+                    l.y[(int64_t)l.perm[c.first + col] * l.ldy + row] = v;
+                    continue;
+                }
+                float *y = l.y + (int64_t)(c.first + col) * l.ldy + l.row0 + row;
+                if (l.epilogue == BE_EPI_ADD)
+                    v = *y + v;
+                else if (l.epilogue == BE_EPI_GELU_TANH)
+                    v = gelu_tanh(v);
+                else if (l.epilogue == BE_EPI_GELU_ERF)
+                    v = gelu_erf(v);
+                *y = v;
+                if (l.yh)
+                    l.yh[(int64_t)(c.first + col) * l.ldh + l.row0 + row] = f16_bits(v);
+            }
+    }
+}
+
+/* Results of GATE_UP: gate in row g, up in row g + 8 of a tile; an item's rows are one unit of the next product. Lanes
+ * of neighbouring rows exchange, so that each stores two of one activation row. */
+template <int N>
+static __device__ __forceinline__ void wide_put_glu(const wide_args &a, const lin_cols &c, int tile, int lane,
+                                                    const float (&total)[2][N / 2]) {
+    const int g = lane >> 2, t = lane & 3, ff = tile * 8 + g, odd = g & 1;
+    const lin_args &l = a.l;
+    const bool there = ff < l.n_row;
+    const float bg = l.bias && there ? l.bias[c.mat * l.bias_mat + ff] : 0.f;
+    const float bu = l.bias && there ? l.bias[c.mat * l.bias_mat + l.n_row + ff] : 0.f;
+    uint8_t *out = a.hidden + (int64_t)(tile / 8) * a.ldx * 128;
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        float v[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            float gate = __fmul_rn(total[i / (N / 8)][i % (N / 8) * 4 + e], l.factor);
+            float up = __fmul_rn(total[i / (N / 8)][i % (N / 8) * 4 + 2 + e], l.factor);
+            if (l.bias) {
+                gate += bg;
+                up += bu;
+            }
+            v[e] = there ? glu(gate, up, l.alpha, l.limit) : 0.f;
+        }
+        const float other = __shfl_xor_sync(~0u, odd ? v[0] : v[1], 4);
+        const int col = i * 8 + 2 * t + odd;
+        const int64_t row = c.first + col;
+        if (col < c.n)
+            *(uint32_t *)(out + row * 128 + wide_at(ff & 62, row)) = odd ? f16x2(other, v[1]) : f16x2(v[0], other);
+    }
+}
+
+template <class F, lin_mode MODE, int N>
+static __device__ __forceinline__ void wide_item(const wide_args &a, const lin_cols &c, int tile0, wide_ring &r,
+                                                 int group, int lane) {
+    float total[2][N / 2];
+    if constexpr (F::SCALED)
+        wide_sum_scaled<F, N>(a, r, group, lane, total);
+    else
+        wide_sum_plain<F, N>(a, r, group, lane, total);
+    const int tile = tile0 + group * 4 + threadIdx.x / 32 % 4;
+    if constexpr (MODE == LIN_GATE_UP)
+        wide_put_glu<N>(a, c, tile, lane, total);
+    else
+        wide_put<MODE, N>(a, c, tile, lane, total);
+}
+#endif
+
+template <class F, lin_mode MODE>
+static __global__ __launch_bounds__(WIDE_THREADS, 1) void wide_kernel(const __grid_constant__ wide_args a) {
+#ifdef HAVE_WGMMA
+    using P = wide_plan<F>;
+    extern __shared__ __align__(128) uint8_t shared[];
+    uint8_t *base = shared + (-(uint32_t)__cvta_generic_to_shared(shared) & 1023);
+    wide_ring r;
+    r.x = (uint32_t)__cvta_generic_to_shared(base);
+    r.w = r.x + P::STAGES * P::X_BYTES;
+    r.w_ptr = base + P::STAGES * P::X_BYTES;
+    r.full = r.w + P::STAGES * P::W_BYTES;
+    r.empty = r.full + 8 * P::STAGES;
+    r.stage = 0;
+    r.parity = 0;
+    const int role = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < P::STAGES; i++) {
+            mbar_init(r.full + 8 * i, 1);
+            mbar_init(r.empty + 8 * i, 8);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    pdl_launch();
+    pdl_wait();
+    __syncthreads();
+    const int n_m = (a.l.n_tile + WIDE_TILES - 1) / WIDE_TILES;
+    const int n_cols =
+        MODE == LIN_DENSE ? (count_rows(a.l.rows) + a.cols - 1) / a.cols : *(const volatile int32_t *)a.l.n_tiles;
+    const int total = n_m * n_cols;
+    if (role == 2) {
+        set_registers_down<24>();
+        if (threadIdx.x / 32 % 4 == 0)
+            for (int item = blockIdx.x; item < total; item += gridDim.x)
+                wide_fill<F>(a, lin_columns<MODE>(a.l, a.cols, item / n_m), item % n_m * WIDE_TILES, r);
+    } else {
+        set_registers_up<240>();
+        for (int item = blockIdx.x; item < total; item += gridDim.x) {
+            const lin_cols c = lin_columns<MODE>(a.l, a.cols, item / n_m);
+            const int tile0 = item % n_m * WIDE_TILES;
+            if (c.n > 96)
+                wide_item<F, MODE, 64>(a, c, tile0, r, role, lane);
+            else if (c.n > 64)
+                wide_item<F, MODE, 48>(a, c, tile0, r, role, lane);
+            else if (c.n > 32)
+                wide_item<F, MODE, 32>(a, c, tile0, r, role, lane);
+            else
+                wide_item<F, MODE, 16>(a, c, tile0, r, role, lane);
+        }
+    }
+#else
+    (void)a;
+#endif
+}
+
+template <class F, lin_mode MODE> static void wide_launch_form(cuda_run *r, const wide_args &a) {
+    if (r->error == cudaSuccess)
+        r->error = cudaFuncSetAttribute(wide_kernel<F, MODE>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        wide_plan<F>::SHARED);
+    cuda_launch(r, wide_kernel<F, MODE>, dim3((unsigned)r->dev->n_sm), dim3(WIDE_THREADS), wide_plan<F>::SHARED, a);
+}
+
+template <lin_mode MODE> static void wide_launch(cuda_run *r, const cuda_matrix *m, wide_args a) {
+    lin_matrix(&a.l, m);
+    switch (m->form) {
+    case CUDA_FORM_MXFP4:
+        wide_launch_form<form_mxfp4, MODE>(r, a);
+        break;
+    case CUDA_FORM_Q8_0:
+        wide_launch_form<form_q8_0, MODE>(r, a);
+        break;
+    case CUDA_FORM_F16:
+        wide_launch_form<form_f16<1>, MODE>(r, a);
+        break;
+    default:
+        wide_launch_form<form_f16<2>, MODE>(r, a);
+    }
+}
+
+#endif
