@@ -1,4 +1,5 @@
-# orcd: `make run` runs the bundled model, `make test` runs every test, `make lint` checks floors, format and sizes.
+# orcd: `make run` runs the bundled model, `make test` runs every test, `make lint` checks floors, format and sizes,
+# `make install` installs below PREFIX (/usr/local).
 # Options: SAN=1 (address and undefined-behaviour sanitizers), SAN=thread, CUDA=0 (leave the GPU backend out), V=1.
 
 .DEFAULT_GOAL := all
@@ -55,7 +56,7 @@ endif
 TESTS := $(sort $(wildcard tests/test_*.c))
 TESTBIN := $(TESTS:tests/%.c=$B/tests/%)
 
-.PHONY: all run bench test fuzz fuzz-programs lint format deps clean install test-cuda test-cuda-sanitize
+.PHONY: all run man bench test fuzz fuzz-programs lint format deps clean install test-cuda test-cuda-sanitize
 
 all: deps $B/orcd $B/liborcd.a
 	$(Q)ln -sf $B/orcd orcd
@@ -99,6 +100,22 @@ bench: $(patsubst %.c,$B/%,$(wildcard bench/*.c))
 
 run: all
 	./orcd run --temp 0.7 --seed 4
+
+# The manual pages, made by the program from its own option tables.
+man: $B/orcd
+	$(Q)mkdir -p $B/man && $< manual >$B/man/orcd.1
+	$(Q)for c in $$($< manual --names); do $< manual $$c >$B/man/orcd-$$c.1 || exit 1; done
+
+PREFIX ?= /usr/local
+DEST = $(DESTDIR)$(PREFIX)
+install: man
+	$(Q)install -D $B/orcd $(DEST)/bin/orcd
+	$(Q)install -D -m 644 -t $(DEST)/share/orcd models/fable.gguf
+	$(Q)install -D -m 644 -t $(DEST)/share/man/man1 $B/man/*.1
+	$(Q)mkdir -p $(DEST)/share/{bash-completion/completions,zsh/site-functions,fish/vendor_completions.d}
+	$(Q)$B/orcd completion bash >$(DEST)/share/bash-completion/completions/orcd
+	$(Q)$B/orcd completion zsh >$(DEST)/share/zsh/site-functions/_orcd
+	$(Q)$B/orcd completion fish >$(DEST)/share/fish/vendor_completions.d/orcd.fish
 
 test: all $(TESTBIN)
 	$(Q)tests/run $B

@@ -11,6 +11,7 @@
 #include "base/status.h"
 
 #define ORCD_VERSION "0.1.0"
+#define ORCD_DATE "2026-11-21" /* of the manual pages */
 
 enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2, EXIT_MODEL = 70, EXIT_DEVICE = 74 };
 
