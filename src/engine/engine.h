@@ -66,7 +66,13 @@ typedef struct eng_plan {
     int n_host_layers; /* whose experts stay in host memory */
     arch_memory m;
     uint64_t total, available, margin; /* of the device; of `available`, for what the plan does not know */
+    int window;                        /* the longest of the layers that have one */
+    double expert_share;               /* of the experts, those that a row reads */
 } eng_plan;
+
+/* Tokens a second, of all streams together, when every step reads each weight that it needs and the keys and values of
+ * `depth` positions a stream once, at these bytes a second; host_rate: of the memory where experts were left. */
+double eng_plan_speed(const eng_plan *p, int streams, int depth, double rate, double host_rate);
 
 /* The plan that eng_open follows, made by the same code. Of p->device only a name, not "auto", says something about the
  * others. ORCD_ERR_NOMEM when it does not fit: `out` then says what is missing. With p->backend.dry the device need

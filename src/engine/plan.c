@@ -1,4 +1,5 @@
 /* The plan: weights, activations and KV memory of a model on a device, and how much context that leaves. */
+#include <math.h>
 #include <string.h>
 
 #include "engine/internal.h"
@@ -143,6 +144,8 @@ orcd_status plan_make(const char *name, const arch *a, const mf_file *f, arch_co
     *p = (eng_plan){.chunk = prm->chunk ? prm->chunk : default_chunk(ops->name), .n_ctx_train = c->n_ctx};
     ops->describe(dev, p->device, sizeof p->device);
     p->max_batch = spec->n_slot;
+    p->window = longest(spec);
+    p->expert_share = c->n_expert ? (double)c->n_expert_used / c->n_expert : 0;
     p->max_rows = p->chunk > spec->n_slot ? p->chunk : spec->n_slot;
     spec->max_tok = p->max_rows;
     for (int pool = 0; pool < BE_N_POOLS; pool++)
@@ -161,4 +164,13 @@ orcd_status plan_make(const char *name, const arch *a, const mf_file *f, arch_co
     spec->n_ctx = p->n_ctx;
     memcpy(spec->n_page, p->n_page, sizeof spec->n_page);
     return arch_plan(a, f, c, dev, spec, &p->m, err);
+}
+
+double eng_plan_speed(const eng_plan *p, int streams, int depth, double rate, double host_rate) {
+    double experts = 1 - pow(1 - p->expert_share, streams); /* that some row of the step chose */
+    double in_window = depth < p->window ? depth : p->window;
+    double kv =
+        (depth * (double)p->page_bytes[BE_POOL_FULL] + in_window * (double)p->page_bytes[BE_POOL_WINDOW]) / BE_PAGE;
+    double bytes = (double)p->m.every_step + experts * (double)p->m.experts + streams * kv;
+    return streams / (bytes / rate + (p->m.host ? experts * (double)p->m.host / host_rate : 0));
 }

@@ -40,6 +40,7 @@ static orcd_status cpu_open(const be_params *p, be_device **out, orcd_error *err
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the cpu backend");
     d->base.ops = &be_ops_cpu;
     d->base.params = *p;
+    d->base.params.n_threads = n;
     d->tier = cpu_tier_best();
     d->k = cpu_kernels_for(d->tier, p->act_bits == 8);
     d->n_thread = n;
