@@ -2,6 +2,7 @@
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
@@ -13,6 +14,7 @@
 #include "base/checked.h"
 #include "base/file.h"
 #include "base/half.h"
+#include "base/sums.h"
 
 static void every_half_survives_a_round_trip(void **state) {
     (void)state;
@@ -134,11 +136,48 @@ static void a_file_that_shrank_is_noticed_as_asked(void **state) {
     assert_int_equal(end_of_reader(false, true), 0);
 }
 
+#define HEX "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+
+static void sums_of_files_and_parts(void **state) {
+    (void)state;
+    char path[] = "/tmp/orcd-sums-XXXXXX";
+    int fd = mkstemp(path);
+    static const char text[] =
+        HEX "  a b\n" HEX " *star\n# " HEX "  a b\n# a remark\n" HEX " one blank\nshort  x\n" HEX "  \n" HEX "  last";
+    assert_int_equal(write(fd, text, sizeof text - 1), sizeof text - 1);
+    close(fd);
+    sums s, again;
+    assert_int_equal(sums_read(path, &s, NULL), ORCD_OK);
+    assert_int_equal(s.n, 4);
+    assert_string_equal(sums_find(&s, false, "star")->hex, HEX);
+    assert_true(sums_find(&s, true, "a b")->part);
+    assert_null(sums_find(&s, true, "star"));
+    for (int i = 0; i < 40; i++) {
+        char name[8];
+        snprintf(name, sizeof name, "n%d", i);
+        assert_int_equal(sums_put(&s, i % 2, name, HEX, NULL), ORCD_OK);
+    }
+    assert_int_equal(sums_put(&s, false, "star", NULL, NULL), ORCD_OK);
+    assert_int_equal(sums_put(&s, false, "absent", NULL, NULL), ORCD_OK);
+    assert_int_equal(sums_write(path, &s, NULL), ORCD_OK);
+    assert_int_equal(sums_read(path, &again, NULL), ORCD_OK);
+    assert_int_equal(again.n, 43);
+    for (size_t i = 0; i < again.n; i++)
+        assert_memory_equal(&again.entry[i], &s.entry[i], sizeof *s.entry);
+    sums_free(&s);
+    sums_free(&again);
+    unlink(path);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(every_half_survives_a_round_trip), cmocka_unit_test(a_file_that_shrank_is_noticed_as_asked),
-        cmocka_unit_test(half_rounds_as_the_compiler_does), cmocka_unit_test(bf16_ties_go_to_even),
-        cmocka_unit_test(e8m0_is_a_power_of_two_or_nan),    cmocka_unit_test(sizes_that_wrap_are_refused),
+        cmocka_unit_test(sums_of_files_and_parts),
+        cmocka_unit_test(every_half_survives_a_round_trip),
+        cmocka_unit_test(a_file_that_shrank_is_noticed_as_asked),
+        cmocka_unit_test(half_rounds_as_the_compiler_does),
+        cmocka_unit_test(bf16_ties_go_to_even),
+        cmocka_unit_test(e8m0_is_a_power_of_two_or_nan),
+        cmocka_unit_test(sizes_that_wrap_are_refused),
         cmocka_unit_test(buffers_grow_and_stay_terminated),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -54,13 +54,13 @@ static orcd_status add_shelf(hub_models *m, const char *cache, const char *repo,
     uint64_t bytes = 0;
     bool folder = false;
     hub_shelf_read(cache, repo, &s);
-    for (size_t i = 0; i < s.n && st == ORCD_OK; i++) {
-        uint64_t size = hub_shelf_path(&s, s.sum[i].path, path) ? file_bytes(path) : 0;
-        if (is_gguf(s.sum[i].path))
-            st = add(m, repo, s.sum[i].path, path, size, size > 0, err);
+    for (size_t i = 0; i < s.sums.n && st == ORCD_OK; i++) {
+        uint64_t size = hub_shelf_path(&s, s.sums.entry[i].name, path) ? file_bytes(path) : 0;
+        if (is_gguf(s.sums.entry[i].name))
+            st = add(m, repo, s.sums.entry[i].name, path, size, size > 0, err);
         else
             bytes += size;
-        folder |= strcmp(s.sum[i].path, "config.json") == 0;
+        folder |= strcmp(s.sums.entry[i].name, "config.json") == 0;
     }
     uint64_t under_way = bytes_under_way(&s);
     if (st == ORCD_OK && (folder || s.pending || under_way))
@@ -150,7 +150,8 @@ orcd_status hub_remove(const char *cache, const hub_model *m, orcd_error *err) {
         st = orcd_fail(err, ORCD_ERR_IO, "cannot remove %s: %s", m->path, strerror(errno));
     else if (colon)
         st = hub_shelf_put(&s, colon + 1, NULL, err);
-    if (st == ORCD_OK && (!colon || (s.n == 0 && !s.pending)) && nftw(s.dir, remove_one, 16, FTW_DEPTH | FTW_PHYS) != 0)
+    if (st == ORCD_OK && (!colon || (s.sums.n == 0 && !s.pending)) &&
+        nftw(s.dir, remove_one, 16, FTW_DEPTH | FTW_PHYS) != 0)
         st = orcd_fail(err, ORCD_ERR_IO, "cannot remove all of %s: %s", s.dir, strerror(errno));
     char *slash = strrchr(s.dir, '/');
     if (st == ORCD_OK && slash) {

@@ -6,6 +6,7 @@
 #include <stdatomic.h>
 
 #include "base/buf.h"
+#include "base/sums.h"
 #include "hub/hub.h"
 
 /* ---- the hub's record (tree.c) ---- */
@@ -49,15 +50,10 @@ void hub_http_escape(CURL *easy, const char *path, buf *url);
 
 /* ---- one repository's folder in the cache (shelf.c) ---- */
 
-typedef struct hub_sum {
-    char path[HUB_FILE], hex[65];
-} hub_sum;
-
 typedef struct hub_shelf {
     char dir[HUB_PATH]; /* CACHE/OWNER/REPO */
     int lock;           /* held; -1 when only read */
-    hub_sum *sum;       /* [n] SHA256SUMS */
-    size_t n;
+    sums sums;          /* SHA256SUMS; its names pass hub_is_file */
     bool pending;
 } hub_shelf;
 
@@ -68,7 +64,6 @@ orcd_status hub_shelf_lock(const hub_params *p, const char *cache, const char *r
 void hub_shelf_read(const char *cache, const char *repo, hub_shelf *s);
 void hub_shelf_close(hub_shelf *s); /* accepts a zeroed shelf whose lock is -1 */
 
-const hub_sum *hub_shelf_find(const hub_shelf *s, const char *path);
 /* DIR/PATH, or DIR/.orcd/NAME. False when it does not fit. */
 bool hub_shelf_path(const hub_shelf *s, const char *path, char out[HUB_PATH]);
 bool hub_shelf_own(const hub_shelf *s, const char *name, const char *ending, char out[HUB_PATH]);

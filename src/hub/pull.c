@@ -59,7 +59,7 @@ static orcd_status check_url(const hub_params *p, orcd_error *err) {
 static orcd_status is_here(pull *q, const hub_entry *e, bool *here, orcd_error *err) {
     char path[HUB_PATH], sha256[65];
     struct stat st;
-    const hub_sum *sum = hub_shelf_find(&q->shelf, e->path);
+    const sums_entry *sum = sums_find(&q->shelf.sums, false, e->path);
     *here = false;
     if (!hub_shelf_path(&q->shelf, e->path, path))
         return orcd_fail(err, ORCD_ERR_LIMIT, "the name %s/%s is too long", q->shelf.dir, e->path);

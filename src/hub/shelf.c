@@ -3,7 +3,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
@@ -14,8 +13,6 @@
 #define OWN ".orcd" /* no name of the hub begins with a dot */
 #define SUMS "SHA256SUMS"
 #define PENDING "pending"
-
-enum { MAX_SUMS_BYTES = 16 << 20 };
 
 orcd_status hub_make_folders(const char *path, orcd_error *err) {
     char part[HUB_PATH];
@@ -41,30 +38,16 @@ bool hub_shelf_own(const hub_shelf *s, const char *name, const char *ending, cha
     return n > 0 && n < HUB_PATH;
 }
 
-/* "HEX  PATH"; other lines are skipped. */
-static void read_sums(hub_shelf *s, char *text) {
-    size_t lines = 1;
-    for (const char *p = text; (p = strchr(p, '\n')); p++)
-        lines++;
-    if (!(s->sum = calloc(lines, sizeof *s->sum)))
-        return;
-    for (char *save = NULL, *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
-        hub_sum *to = &s->sum[s->n];
-        if (strspn(line, "0123456789abcdef") != 64 || strncmp(line + 64, "  ", 2) != 0 || !hub_is_file(line + 66))
-            continue;
-        memcpy(to->hex, line, 64);
-        strcpy(to->path, line + 66);
-        s->n++;
-    }
-}
-
 static void read_state(hub_shelf *s) {
-    char path[HUB_PATH], *text = NULL;
-    size_t len;
+    char path[HUB_PATH];
+    size_t kept = 0;
     s->pending = hub_shelf_own(s, PENDING, "", path) && file_exists(path);
-    if (hub_shelf_own(s, SUMS, "", path) && file_slurp(path, MAX_SUMS_BYTES, &text, &len, NULL) == ORCD_OK)
-        read_sums(s, text);
-    free(text);
+    if (!hub_shelf_own(s, SUMS, "", path) || sums_read(path, &s->sums, NULL) != ORCD_OK)
+        return;
+    for (size_t i = 0; i < s->sums.n; i++)
+        if (!s->sums.entry[i].part && hub_is_file(s->sums.entry[i].name))
+            s->sums.entry[kept++] = s->sums.entry[i];
+    s->sums.n = kept;
 }
 
 void hub_shelf_read(const char *cache, const char *repo, hub_shelf *s) {
@@ -114,47 +97,16 @@ orcd_status hub_shelf_lock(const hub_params *p, const char *cache, const char *r
 void hub_shelf_close(hub_shelf *s) {
     if (s->lock >= 0)
         close(s->lock);
-    free(s->sum);
+    sums_free(&s->sums);
     *s = (hub_shelf){.lock = -1};
 }
 
-const hub_sum *hub_shelf_find(const hub_shelf *s, const char *path) {
-    for (size_t i = 0; i < s->n; i++)
-        if (strcmp(s->sum[i].path, path) == 0)
-            return &s->sum[i];
-    return NULL;
-}
-
-static orcd_status write_sums(const hub_shelf *s, orcd_error *err) {
-    char path[HUB_PATH], new[HUB_PATH];
-    if (!hub_shelf_own(s, SUMS, "", path) || !hub_shelf_own(s, SUMS, ".new", new))
-        return orcd_fail(err, ORCD_ERR_LIMIT, "the name of the folder %.100s... is too long", s->dir);
-    FILE *f = fopen(new, "we");
-    bool ok = f != NULL;
-    for (size_t i = 0; ok && i < s->n; i++)
-        ok = fprintf(f, "%s  %s\n", s->sum[i].hex, s->sum[i].path) > 0;
-    ok = ok && fflush(f) == 0 && fsync(fileno(f)) == 0;
-    if (f && fclose(f) != 0)
-        ok = false;
-    if (ok && rename(new, path) == 0)
-        return ORCD_OK;
-    return orcd_fail(err, ORCD_ERR_IO, "cannot write %s: %s", path, strerror(errno));
-}
-
 orcd_status hub_shelf_put(hub_shelf *s, const char *path, const char *hex, orcd_error *err) {
-    hub_sum *old = (hub_sum *)hub_shelf_find(s, path);
-    if (old && !hex) {
-        *old = s->sum[--s->n];
-    } else if (hex) {
-        hub_sum *grown = old ? s->sum : realloc(s->sum, (s->n + 1) * sizeof *grown);
-        if (!grown)
-            return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the list of files");
-        s->sum = grown;
-        hub_sum *to = old ? old : &grown[s->n++];
-        snprintf(to->path, sizeof to->path, "%s", path);
-        snprintf(to->hex, sizeof to->hex, "%s", hex);
-    }
-    return write_sums(s, err);
+    char list[HUB_PATH];
+    if (!hub_shelf_own(s, SUMS, "", list))
+        return orcd_fail(err, ORCD_ERR_LIMIT, "the name of the folder %.100s... is too long", s->dir);
+    ORCD_TRY(sums_put(&s->sums, false, path, hex, err));
+    return sums_write(list, &s->sums, err);
 }
 
 orcd_status hub_shelf_set_pending(hub_shelf *s, bool pending, orcd_error *err) {
