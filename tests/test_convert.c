@@ -37,7 +37,7 @@ static orcd_status convert(const char *from, const char *to, const char *dense, 
     if (st == ORCD_OK) {
         st = arch_put_keys(m.a, m.f, &m.c, true, w, err);
         if (st == ORCD_OK)
-            st = arch_export(m.a, m.f, &m.c, &types, threads, NULL, NULL, w, sum, err);
+            st = arch_export(m.a, m.f, &m.c, &types, NULL, threads, NULL, NULL, w, sum, err);
         if (st == ORCD_OK)
             st = gguf_finish(w, err);
         else

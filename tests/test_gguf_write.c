@@ -1,5 +1,7 @@
 /* The GGUF writer: what it wrote reads back the same, and a failed writer leaves no file. */
+#include <signal.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "gguf_image.h"
@@ -245,6 +247,129 @@ static void impossible_places(void **state) {
     assert_int_equal(rmdir(folder), 0); /* drop_dir sees a part file that was left */
 }
 
+/* ---- going on after a kill ---- */
+
+enum { N_BIG = 4, BIG = 33 << 20 /* bytes; the journal is written every 64 MiB */ };
+
+static void declare_big(gguf_writer *w, uint32_t key) {
+    gguf_put_u32(w, "some.key", key);
+    for (char name[] = "a"; *name < 'a' + N_BIG; ++*name)
+        gguf_put_tensor(w, name, Q_F32, 1, (uint64_t[]){BIG / 4});
+}
+
+static void write_big(gguf_writer *w, uint64_t from, uint64_t to_byte) {
+    static uint8_t chunk[1 << 20];
+    for (uint64_t at = from * BIG; at < to_byte; at += sizeof chunk) {
+        memset(chunk, (int)(1 + at / BIG + at / sizeof chunk), sizeof chunk);
+        assert_int_equal(gguf_write(w, chunk, to_byte - at < sizeof chunk ? to_byte - at : sizeof chunk, NULL),
+                         ORCD_OK);
+    }
+}
+
+static uint64_t begin_big(gguf_writer **w, uint32_t key, const char *origin) {
+    uint64_t n_done;
+    assert_int_equal(gguf_create(path, 32, w, NULL), ORCD_OK);
+    declare_big(*w, key);
+    assert_int_equal(gguf_begin(*w, origin, &n_done, NULL), ORCD_OK);
+    return n_done;
+}
+
+/* A writer that is killed in the middle of its third tensor; a writer in this process gets nothing meanwhile. */
+static void killed_writer(void) {
+    int up[2], down[2], status;
+    char c;
+    assert_true(pipe(up) == 0 && pipe(down) == 0);
+    pid_t child = fork();
+    if (child == 0) {
+        gguf_writer *w;
+        begin_big(&w, 1, "origin");
+        write_big(w, 0, 2 * (uint64_t)BIG + BIG / 2);
+        if (write(up[1], "x", 1) == 1 && read(down[0], &c, 1) == 1)
+            kill(getpid(), SIGKILL);
+        _exit(1);
+    }
+    gguf_writer *second;
+    orcd_error err;
+    assert_int_equal(read(up[0], &c, 1), 1);
+    assert_int_equal(gguf_create(path, 32, &second, &err), ORCD_ERR_IO);
+    assert_non_null(strstr(err.message, "another process"));
+    assert_int_equal(write(down[1], "x", 1), 1);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFSIGNALED(status));
+    for (int i = 0; i < 2; i++) {
+        close(up[i]);
+        close(down[i]);
+    }
+    assert_true(file_exists(part) && !file_exists(path));
+}
+
+static void check_big(gguf_writer *w) {
+    assert_int_equal(gguf_finish(w, NULL), ORCD_OK);
+    gguf *g = read_back();
+    for (uint64_t i = 0; i < N_BIG; i++) {
+        const gguf_tensor *t = gguf_tensor_at(g, i);
+        assert_int_equal(t->bytes, BIG);
+        for (uint64_t at = 0; at < BIG; at += 4093)
+            assert_int_equal(t->data[at], (uint8_t)(1 + i + (i * BIG + at) / (1 << 20)));
+    }
+    gguf_close(g);
+    unlink(path);
+}
+
+static void what_a_killed_writer_left_is_gone_on_with(void **state) {
+    (void)state;
+    gguf_writer *w;
+    unlink(path);
+    killed_writer();
+    assert_int_equal(begin_big(&w, 1, "origin"), 2);
+    write_big(w, 2, (uint64_t)N_BIG * BIG);
+    check_big(w);
+}
+
+static void another_header_or_origin_begins_anew(void **state) {
+    (void)state;
+    static const struct {
+        uint32_t key;
+        const char *origin;
+    } other[] = {{2, "origin"}, {1, "origin "}, {1, ""}, {1, NULL}};
+    for (size_t i = 0; i < ORCD_COUNT(other); i++) {
+        gguf_writer *w;
+        unlink(path);
+        killed_writer();
+        assert_int_equal(begin_big(&w, other[i].key, other[i].origin), 0);
+        write_big(w, 0, (uint64_t)N_BIG * BIG);
+        check_big(w);
+    }
+}
+
+static void a_part_of_another_size_begins_anew(void **state) {
+    (void)state;
+    gguf_writer *w;
+    unlink(path);
+    killed_writer();
+    assert_int_equal(truncate(part, 3 * (off_t)BIG), 0);
+    assert_int_equal(begin_big(&w, 1, "origin"), 0);
+    write_big(w, 0, (uint64_t)N_BIG * BIG);
+    check_big(w);
+}
+
+static void a_damaged_journal_begins_anew(void **state) {
+    (void)state;
+    static const char *const journal[] = {"", "0000000002", "9999999999origin", "0000000002orig", "x000000002origin"};
+    char name[80];
+    snprintf(name, sizeof name, "%s.done", part);
+    for (size_t i = 0; i < ORCD_COUNT(journal); i++) {
+        gguf_writer *w;
+        killed_writer();
+        FILE *f = fopen(name, "w");
+        fputs(journal[i], f);
+        fclose(f);
+        assert_int_equal(begin_big(&w, 1, "origin"), 0);
+        gguf_abandon(w);
+        assert_false(file_exists(part) || file_exists(name));
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_value_type_survives_a_copy),
@@ -255,6 +380,10 @@ int main(void) {
         cmocka_unit_test(abandoning_leaves_nothing),
         cmocka_unit_test(an_old_file_is_replaced_only_on_success),
         cmocka_unit_test(impossible_places),
+        cmocka_unit_test(what_a_killed_writer_left_is_gone_on_with),
+        cmocka_unit_test(another_header_or_origin_begins_anew),
+        cmocka_unit_test(a_part_of_another_size_begins_anew),
+        cmocka_unit_test(a_damaged_journal_begins_anew),
     };
     return cmocka_run_group_tests(tests, make_dir, drop_dir);
 }

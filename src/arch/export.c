@@ -118,7 +118,7 @@ typedef struct exporting {
     gguf_writer *w;
     pool *pool;
     arch_exported *sum;
-    uint64_t total;
+    uint64_t total, n_skip; /* n_skip: tensors that are there already */
     arch_progress progress;
     void *progress_ctx;
 
@@ -240,6 +240,11 @@ static orcd_status write_one(void *ctx, const arch_tensor *t, const mf_tensor *c
     q_type type = choose(e, t, from->type);
     uint64_t n = from->n_mat * from->n_row * from->n_col;
     e->sum->bytes_out += q_row_bytes(q_find(type), n);
+    if (e->n_skip) {
+        e->n_skip--;
+        e->sum->bytes_in += mf_row_bytes(from) * from->n_row * from->n_mat;
+        return ORCD_OK;
+    }
     if (t->exact) {
         e->sum->bytes_in += mf_row_bytes(from) * from->n_row * from->n_mat;
         return write_exact(e, from, err);
@@ -249,9 +254,9 @@ static orcd_status write_one(void *ctx, const arch_tensor *t, const mf_tensor *c
     return ORCD_OK;
 }
 
-orcd_status arch_export(const arch *a, const mf_file *f, const arch_config *c, const arch_types *types, int n_threads,
-                        arch_progress progress, void *progress_ctx, gguf_writer *w, arch_exported *out,
-                        orcd_error *err) {
+orcd_status arch_export(const arch *a, const mf_file *f, const arch_config *c, const arch_types *types,
+                        const char *origin, int n_threads, arch_progress progress, void *progress_ctx, gguf_writer *w,
+                        arch_exported *out, orcd_error *err) {
     exporting e = {.types = types,
                    .n_layer = c->n_layer,
                    .embd_type = Q_F32,
@@ -266,6 +271,9 @@ orcd_status arch_export(const arch *a, const mf_file *f, const arch_config *c, c
     ORCD_TRY_GOTO(st, done, arch_each_tensor(a, c, 1, &f, find_tied, &e, err));
     ORCD_TRY_GOTO(st, done, arch_each_tensor(a, c, 1, &f, declare, &e, err));
     arch_put_file_type(types, e.embd_type, e.expert_type, w);
+    if (origin)
+        ORCD_TRY_GOTO(st, done, gguf_begin(w, origin, &out->n_before, err));
+    e.n_skip = out->n_before;
     st = arch_each_tensor(a, c, 1, &f, write_one, &e, err);
 done:
     pool_close(e.pool);

@@ -27,12 +27,14 @@ orcd_status arch_put_keys(const arch *a, const mf_file *f, const arch_config *c,
 
 typedef struct arch_exported {
     uint64_t n_tensor, n_same; /* n_same: copied bit by bit */
+    uint64_t n_before;         /* written by an earlier run that was killed */
     uint64_t bytes_in, bytes_out;
 } arch_exported;
 
-/* Declare and write every weight; memory stays below about 64 MB whatever the model's size. */
-orcd_status arch_export(const arch *a, const mf_file *f, const arch_config *c, const arch_types *types, int n_threads,
-                        arch_progress progress, void *progress_ctx, gguf_writer *w, arch_exported *out,
-                        orcd_error *err) ORCD_MUST_USE;
+/* Declare and write every weight; memory stays below about 64 MB whatever the model's size. origin: as for gguf_begin,
+ * NULL begins anew in any case. */
+orcd_status arch_export(const arch *a, const mf_file *f, const arch_config *c, const arch_types *types,
+                        const char *origin, int n_threads, arch_progress progress, void *progress_ctx, gguf_writer *w,
+                        arch_exported *out, orcd_error *err) ORCD_MUST_USE;
 
 #endif

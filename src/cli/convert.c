@@ -1,12 +1,15 @@
 /* cli/convert.c: `orcd convert` and `orcd quantize`: a model as GGUF, as it is or in other weight types. */
 #include "cli/cli.h"
 
+#include <dirent.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "arch/export.h"
+#include "base/file.h"
 #include "text/tokenizer.h"
 
 typedef struct options {
@@ -40,27 +43,62 @@ static orcd_status put_tokenizer(const options *o, const mf_file *f, const arch_
     return st;
 }
 
+static void add_identity(buf *out, const char *path) {
+    struct stat st;
+    if (stat(path, &st) == 0 && S_ISREG(st.st_mode))
+        buf_printf(out, "%s %llu %llu %lld.%09ld\n", path, (unsigned long long)st.st_ino,
+                   (unsigned long long)st.st_size, (long long)st.st_mtim.tv_sec, st.st_mtim.tv_nsec);
+}
+
+/* What the tensors' bytes depend on beside the header of the new file: this program, and the files they come from. */
+static void describe_origin(const char *from, buf *out) {
+    struct dirent **entry = NULL;
+    char *full = realpath(from, NULL);
+    int n = full && file_is_dir(full) ? scandir(full, &entry, NULL, alphasort) : 0;
+    buf_printf(out, "orcd " ORCD_VERSION "\n");
+    if (full)
+        add_identity(out, full);
+    for (int i = 0; i < n; i++) {
+        buf path = {0};
+        buf_printf(&path, "%s/%s", full, entry[i]->d_name);
+        if (path.data)
+            add_identity(out, path.data);
+        buf_free(&path);
+        free(entry[i]);
+    }
+    free(entry);
+    free(full);
+}
+
 /* `w` is finished or abandoned in every case. */
 static orcd_status write_file(const options *o, const arch *a, const mf_file *f, const arch_config *c, gguf_writer *w,
                               arch_exported *sum, orcd_error *err) {
     const arch_types types = {o->dense, o->experts};
     int threads = o->threads ? (int)o->threads : (int)sysconf(_SC_NPROCESSORS_ONLN);
     bar b;
+    buf origin = {0};
     orcd_status st;
+    describe_origin(mf_path(f), &origin);
     bar_begin(&b, "writing", "B");
     ORCD_TRY_GOTO(st, done, arch_put_keys(a, f, c, !o->tokenizer, w, err));
     ORCD_TRY_GOTO(st, done, put_tokenizer(o, f, c, w, err));
-    ORCD_TRY_GOTO(st, done, arch_export(a, f, c, &types, threads, bar_update, &b, w, sum, err));
+    ORCD_TRY_GOTO(
+        st, done,
+        arch_export(a, f, c, &types, origin.failed ? NULL : origin.data, threads, bar_update, &b, w, sum, err));
     st = gguf_finish(w, err);
     w = NULL;
 done:
     bar_end(&b);
     gguf_abandon(w);
+    buf_free(&origin);
     return st;
 }
 
 static void print_sum(const char *path, const arch_exported *sum, double seconds) {
     char in[32], out[32], rate[32];
+    if (sum->n_before)
+        fprintf(stderr, "%s: went on after %llu tensors that an earlier run had written\n", path,
+                (unsigned long long)sum->n_before);
     fprintf(stderr, "%s: %llu tensors, %llu of them bit by bit; %s from %s in %.1f s (%s/s)\n", path,
             (unsigned long long)sum->n_tensor, (unsigned long long)sum->n_same, human_bytes(sum->bytes_out, out),
             human_bytes(sum->bytes_in, in), seconds,

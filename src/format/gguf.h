@@ -93,7 +93,8 @@ size_t gguf_kv_bytes(const gguf_kv *kv);
 /* ---- writer: keys and tensor infos are declared first, then the data of each tensor in order ---- */
 typedef struct gguf_writer gguf_writer;
 
-/* Writes to PATH.part and renames on finish; an abandoned writer leaves nothing behind. Always version 3. */
+/* Writes to PATH.part and renames on finish; an abandoned writer leaves nothing behind. Fails while another process
+ * writes the same path. Always version 3. */
 orcd_status gguf_create(const char *path, uint64_t alignment, gguf_writer **out, orcd_error *err) ORCD_MUST_USE;
 void gguf_put_u32(gguf_writer *w, const char *key, uint32_t v);
 void gguf_put_f32(gguf_writer *w, const char *key, float v);
@@ -104,6 +105,10 @@ void gguf_put_kv(gguf_writer *w,
 void gguf_put_str_array(gguf_writer *w, const char *key, const gguf_str *s, uint64_t n);
 void gguf_put_i32_array(gguf_writer *w, const char *key, const int32_t *v, uint64_t n);
 void gguf_put_tensor(gguf_writer *w, const char *name, q_type type, uint32_t n_dims, const uint64_t *ne);
+/* Optional, after the last declaration: keep a journal beside the part file, and go on with what a killed writer left
+ * there when its header and its `origin` (a text that names everything that the data depend on) were the same. The
+ * first *n_done tensors are then written already, and the next gguf_write is of the one after them. */
+orcd_status gguf_begin(gguf_writer *w, const char *origin, uint64_t *n_done, orcd_error *err) ORCD_MUST_USE;
 /* Append bytes of the current tensor; moving to the next when it is full. The header is written by the
  * first call. Any earlier failure is reported here. */
 orcd_status gguf_write(gguf_writer *w, const void *bytes, size_t n, orcd_error *err) ORCD_MUST_USE;

@@ -1,5 +1,8 @@
 /* format/gguf_write.c: the writer. The reader judges the header: it is checked by gguf_open on the part file, grown to
- * its final size, before a byte of tensor data is written. */
+ * its final size, before a byte of tensor data is written.
+ *
+ * PATH.part is locked while it is written. With an origin, PATH.part.done tells how many tensors lie safely on the disk
+ * and what they were made from; whoever writes the same header from the same origin after a kill goes on from there. */
 #include "format/gguf.h"
 
 #include <errno.h>
@@ -7,14 +10,18 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/buf.h"
 #include "base/checked.h"
 
 struct gguf_writer {
-    char *path, *part;
+    char *path, *part, *journal_path;
     FILE *file;
+    int journal;     /* -1: none is kept */
+    uint64_t unsafe; /* bytes since the journal was last written */
     uint64_t alignment;
     buf kv, infos; /* encoded records */
     buf sizes;     /* uint64_t per tensor: its bytes */
@@ -33,37 +40,72 @@ static orcd_status fail_io(gguf_writer *w, const char *what) {
 static void writer_free(gguf_writer *w) {
     if (w->file)
         fclose(w->file);
+    if (w->journal >= 0)
+        close(w->journal);
     buf_free(&w->kv);
     buf_free(&w->infos);
     buf_free(&w->sizes);
     free(w->path);
     free(w->part);
+    free(w->journal_path);
     free(w);
+}
+
+/* Takes what is being written out of the way; the finished file is not touched. */
+static void remove_part(const gguf_writer *w) {
+    (void)unlink(w->journal_path);
+    (void)unlink(w->part);
+}
+
+static char *joined(const char *a, const char *b) {
+    size_t n = strlen(a), m = strlen(b) + 1;
+    char *s = malloc(n + m);
+    if (s) {
+        memcpy(s, a, n);
+        memcpy(s + n, b, m);
+    }
+    return s;
+}
+
+/* One writer at a time: the lock goes with the process. A writer that finished meanwhile has renamed what was opened.
+ */
+static orcd_status open_part(gguf_writer *w, orcd_error *err) {
+    struct stat a, b;
+    for (;;) {
+        int fd = open(w->part, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
+        if (fd < 0)
+            return orcd_fail(err, ORCD_ERR_IO, "cannot create %s: %s", w->part, strerror(errno));
+        bool locked = flock(fd, LOCK_EX | LOCK_NB) == 0;
+        bool same = fstat(fd, &a) == 0 && stat(w->part, &b) == 0 && a.st_ino == b.st_ino && a.st_dev == b.st_dev;
+        if (locked && same && (w->file = fdopen(fd, "r+b")))
+            return ORCD_OK;
+        close(fd);
+        if (!locked && errno == EWOULDBLOCK)
+            return orcd_fail(err, ORCD_ERR_IO, "another process is writing %s; wait for it or stop it", w->path);
+        if (!locked || same)
+            return orcd_fail(err, ORCD_ERR_IO, "cannot lock %s: %s", w->part, strerror(errno));
+    }
 }
 
 orcd_status gguf_create(const char *path, uint64_t alignment, gguf_writer **out, orcd_error *err) {
     *out = NULL;
+    orcd_status st;
     gguf_writer *w = calloc(1, sizeof *w);
-    size_t len = strlen(path);
-    if (!w || !(w->path = strdup(path)) || !(w->part = malloc(len + sizeof ".part"))) {
-        if (w)
-            writer_free(w);
+    if (!w)
         return orcd_fail(err, ORCD_ERR_NOMEM, "no memory to write %s", path);
-    }
-    memcpy(w->part, path, len);
-    memcpy(w->part + len, ".part", sizeof ".part");
-    w->alignment = alignment;
-    (void)unlink(w->part); /* of a writer that was killed */
-    int fd = open(w->part, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (fd < 0 || !(w->file = fdopen(fd, "wb"))) {
-        orcd_fail(err, ORCD_ERR_IO, "cannot create %s: %s", w->part, strerror(errno));
-        if (fd >= 0) {
-            close(fd);
-            unlink(w->part);
-        }
+    w->journal = -1;
+    w->path = strdup(path);
+    w->part = joined(path, ".part");
+    w->journal_path = joined(path, ".part.done");
+    if (!w->path || !w->part || !w->journal_path)
+        st = orcd_fail(err, ORCD_ERR_NOMEM, "no memory to write %s", path);
+    else
+        st = open_part(w, err);
+    if (st != ORCD_OK) {
         writer_free(w);
-        return ORCD_ERR_IO;
+        return st;
     }
+    w->alignment = alignment;
     if (alignment > UINT32_MAX)
         orcd_fail(&w->err, ORCD_ERR_ARG, "an alignment of %llu is not allowed", (unsigned long long)alignment);
     else if (alignment != 32)
@@ -186,11 +228,68 @@ static orcd_status pad(gguf_writer *w, uint64_t pos) {
     return ORCD_OK;
 }
 
-static orcd_status write_header(gguf_writer *w) {
-    buf head = {0};
+/* "NNNNNNNNNN" of tensors that are safe, then the origin: the number alone is written over, in one write. */
+enum { JOURNAL_DIGITS = 10, CHECKPOINT = 64 << 20 /* bytes */ };
+
+static orcd_status write_journal(gguf_writer *w) {
+    char number[JOURNAL_DIGITS + 1];
+    w->unsafe = 0;
+    snprintf(number, sizeof number, "%0*u", JOURNAL_DIGITS, (unsigned)w->current);
+    if (fflush(w->file) != 0 || fdatasync(fileno(w->file)) != 0 ||
+        pwrite(w->journal, number, JOURNAL_DIGITS, 0) != JOURNAL_DIGITS)
+        return fail_io(w, "write to");
+    return ORCD_OK;
+}
+
+/* The tensors of an earlier writer that are safe: it had this origin, this header and this size. */
+static uint64_t tensors_left(gguf_writer *w, const char *origin, const buf *head, uint64_t end) {
+    char *text = NULL, *begun = malloc(head->len);
+    size_t len;
+    struct stat st;
+    uint64_t n = 0;
+    if (begun && file_slurp(w->journal_path, (size_t)1 << 24, &text, &len, NULL) == ORCD_OK && len > JOURNAL_DIGITS &&
+        strcmp(text + JOURNAL_DIGITS, origin) == 0 && fstat(fileno(w->file), &st) == 0 && (uint64_t)st.st_size == end &&
+        pread(fileno(w->file), begun, head->len, 0) == (ssize_t)head->len &&
+        memcmp(begun, head->data, head->len) == 0) {
+        text[JOURNAL_DIGITS] = '\0';
+        n = strtoull(text, NULL, 10);
+    }
+    free(begun);
+    free(text);
+    return n <= w->n_tensors ? n : 0;
+}
+
+static orcd_status start_journal(gguf_writer *w, const char *origin) {
+    size_t n = strlen(origin);
+    w->journal = open(w->journal_path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0666);
+    if (w->journal < 0 || pwrite(w->journal, origin, n, JOURNAL_DIGITS) != (ssize_t)n)
+        return fail_io(w, "keep a journal of");
+    return write_journal(w);
+}
+
+static orcd_status go_on(gguf_writer *w, uint64_t n, uint64_t at) {
+    for (w->current = 0; w->current < n; w->current++)
+        at += tensor_bytes(w, w->current) + (-tensor_bytes(w, w->current) & (w->alignment - 1));
+    w->journal = open(w->journal_path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    return w->journal >= 0 && fseeko(w->file, (off_t)at, SEEK_SET) == 0 ? ORCD_OK : fail_io(w, "go on with");
+}
+
+static orcd_status begin_file(gguf_writer *w, const buf *head, uint64_t end) {
     gguf *check = NULL;
     orcd_error why = {0};
-    uint64_t size, end;
+    if (ftruncate(fileno(w->file), 0) != 0 || fwrite(head->data, 1, head->len, w->file) != head->len ||
+        fflush(w->file) != 0 || ftruncate(fileno(w->file), (off_t)end) != 0)
+        return fail_io(w, "write to");
+    orcd_status s = gguf_open(w->part, &check, &why);
+    gguf_close(check);
+    if (s != ORCD_OK)
+        w->err = why;
+    return s == ORCD_OK ? pad(w, head->len) : s;
+}
+
+static orcd_status write_header(gguf_writer *w, const char *origin) {
+    buf head = {0};
+    uint64_t size, end, left;
     orcd_status s;
     w->header_done = true;
     buf_str(&head, "GGUF");
@@ -209,26 +308,33 @@ static orcd_status write_header(gguf_writer *w) {
                       w->path, (unsigned long long)w->alignment);
         goto done;
     }
-    if (fwrite(head.data, 1, head.len, w->file) != head.len || fflush(w->file) != 0 ||
-        ftruncate(fileno(w->file), (off_t)end) != 0) {
-        s = fail_io(w, "write to");
+    left = origin ? tensors_left(w, origin, &head, end) : 0;
+    if (left) {
+        s = go_on(w, left, size);
         goto done;
     }
-    s = gguf_open(w->part, &check, &why);
-    if (s != ORCD_OK)
-        w->err = why;
-    else
-        s = pad(w, head.len);
+    (void)unlink(w->journal_path); /* first: it must not vouch for what begins now */
+    s = begin_file(w, &head, end);
+    if (s == ORCD_OK && origin)
+        s = start_journal(w, origin);
 done:
-    gguf_close(check);
     buf_free(&head);
     return s;
+}
+
+orcd_status gguf_begin(gguf_writer *w, const char *origin, uint64_t *n_done, orcd_error *err) {
+    *n_done = 0;
+    if (!w->err.code && !w->header_done && write_header(w, origin) == ORCD_OK)
+        *n_done = w->current;
+    if (w->err.code && err)
+        *err = w->err;
+    return w->err.code;
 }
 
 orcd_status gguf_write(gguf_writer *w, const void *bytes, size_t n, orcd_error *err) {
     const uint8_t *from = bytes;
     if (!w->err.code && !w->header_done)
-        (void)write_header(w);
+        (void)write_header(w, NULL);
     while (!w->err.code && n > 0) {
         if (w->current == w->n_tensors) {
             orcd_fail(&w->err, ORCD_ERR_ARG, "more data than the tensors of %s declare", w->path);
@@ -247,6 +353,9 @@ orcd_status gguf_write(gguf_writer *w, const void *bytes, size_t n, orcd_error *
             (void)pad(w, total);
             w->current++;
             w->written = 0;
+            w->unsafe += total;
+            if (w->journal >= 0 && w->unsafe >= CHECKPOINT)
+                (void)write_journal(w);
         }
     }
     if (w->err.code && err)
@@ -266,9 +375,11 @@ orcd_status gguf_finish(gguf_writer *w, orcd_error *err) {
     }
     orcd_status s = w->err.code;
     if (s != ORCD_OK) {
-        (void)unlink(w->part);
+        remove_part(w);
         if (err)
             *err = w->err;
+    } else {
+        (void)unlink(w->journal_path);
     }
     writer_free(w);
     return s;
@@ -277,6 +388,6 @@ orcd_status gguf_finish(gguf_writer *w, orcd_error *err) {
 void gguf_abandon(gguf_writer *w) {
     if (!w)
         return;
-    (void)unlink(w->part);
+    remove_part(w);
     writer_free(w);
 }
