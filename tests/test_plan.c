@@ -76,6 +76,19 @@ static void a_plan_needs_no_gpu(void **state) {
     }
 }
 
+static void experts_in_host_memory_leave_the_device(void **state) {
+    (void)state;
+    if (no_cuda())
+        return;
+    opened m = open_model(models[1]);
+    be_kv_spec s = spec_of(&m, 64, 4);
+    arch_memory all = plan(&m, &s, 0), last = plan(&m, &s, 1), none = plan(&m, &s, m.c.n_layer);
+    assert_true(all.weights > last.weights && last.weights > none.weights);
+    assert_true(last.host > 0 && none.host == (uint64_t)m.c.n_layer * last.host);
+    assert_int_equal(all.weights - none.weights, (uint64_t)m.c.n_layer * (all.weights - last.weights));
+    mf_close(m.f);
+}
+
 static bool on_gpu;
 
 static void what_is_allocated_is_the_plan(void **state) {
@@ -264,6 +277,7 @@ int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(process_grows_by_the_plan), /* first: nothing freed lies about */
         cmocka_unit_test(a_plan_needs_no_gpu),
+        cmocka_unit_test(experts_in_host_memory_leave_the_device),
         cmocka_unit_test(what_is_allocated_is_the_plan),
         cmocka_unit_test(cpu_holds_what_was_planned),
         cmocka_unit_test(engine_takes_what_it_planned),

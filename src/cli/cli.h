@@ -17,9 +17,11 @@ enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2, EXIT_MODEL = 70, EXIT_DEVIC
 
 /* ---- options: one table per command feeds the parser, --help, shell completion and the manual ---- */
 
+#define CLI_AUTO (-1)
+
 typedef enum cli_kind {
     CLI_FLAG,   /* bool */
-    CLI_INT,    /* int64_t in [lo, hi] */
+    CLI_INT,    /* int64_t in [lo, hi]; also CLI_AUTO where arg says "N|auto" */
     CLI_U64,    /* cli_u64 */
     CLI_NUM,    /* double in [lo, hi] */
     CLI_STR,    /* const char * */

@@ -29,10 +29,10 @@ typedef struct engine_options {
          0,                                                                                                            \
          CLI_INT,                                                                                                      \
          offsetof(owner, member.cpu_experts),                                                                          \
-         -1,                                                                                                           \
+         0,                                                                                                            \
          1024,                                                                                                         \
-         "N",                                                                                                          \
-         "layers whose experts stay in host memory (cuda; -1 = as many as needed)"},                                   \
+         "N|auto",                                                                                                     \
+         "experts of the last N layers in host memory (cuda; default 0)"},                                             \
         {"act-bits", 0,  CLI_INT, offsetof(owner, member.act_bits),                                                    \
          8,          16, "8|16",  "8: nearly twice the prompt speed, less exact (cpu; default 16)"},                   \
         {"no-repack", 0, CLI_FLAG, offsetof(owner, member.no_repack),                                                  \

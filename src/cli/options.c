@@ -55,6 +55,10 @@ static bool store_number(const cli_command *c, const cli_option *o, const char *
             return true;
         return cli_usage(c, "--%s takes a whole number from 0 to 2^64 - 1, not \"%s\"", o->name, value), false;
     }
+    if (o->kind == CLI_INT && is_choice(strchr(o->arg, '|'), "auto") && strcmp(value, "auto") == 0) {
+        *(int64_t *)(void *)at = CLI_AUTO;
+        return true;
+    }
     if (o->kind == CLI_INT) {
         long long v = strtoll(value, &end, 10);
         *(int64_t *)(void *)at = v;

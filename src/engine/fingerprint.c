@@ -77,7 +77,7 @@ void eng_fingerprint(const eng *e, const be_params *p, uint8_t out[DISK_HASH]) {
     add_text(&h, processor, strlen(processor));
     add_u64(&h, p->act_bits ? (uint64_t)p->act_bits : 16);
     add_u64(&h, p->no_repack);
-    add_u64(&h, (uint64_t)p->cpu_experts);
+    add_u64(&h, (uint64_t)e->cfg.n_host_layers);
     add_u64(&h, e->kv.kv->spec.type);
     add_u64(&h, BE_PAGE);
     for (int pool = 0; pool < BE_N_POOLS; pool++)

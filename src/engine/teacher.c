@@ -48,6 +48,7 @@ orcd_status teacher_open(const teacher_params *p, teacher **out, orcd_error *err
     ORCD_TRY_GOTO(st, done, mf_open(p->model, &t->file, err));
     ORCD_TRY_GOTO(st, done, arch_identify(t->file, &a, err));
     ORCD_TRY_GOTO(st, done, arch_config_read(a, t->file, &t->cfg, err));
+    t->cfg.n_host_layers = p->n_host_layers < t->cfg.n_layer ? p->n_host_layers : t->cfg.n_layer;
     if (t->n_ctx < 1 || t->n_ctx > t->cfg.n_ctx) {
         st = orcd_fail(err, ORCD_ERR_LIMIT, "%d positions asked for; %s has 1 to %d", t->n_ctx, p->model, t->cfg.n_ctx);
         goto done;

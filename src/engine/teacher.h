@@ -12,6 +12,7 @@ typedef struct teacher_params {
     const char *model;
     const char *backend; /* "ref", "cpu", "cuda", "cuda:1", "auto" */
     be_params device;
+    int n_host_layers; /* cuda: layers, from the last, whose experts stay in host memory */
     be_kv_type kv_type;
     int n_ctx; /* longest sequence */
     int chunk; /* rows per step; 0 = 128 */

@@ -26,6 +26,7 @@ orcd_status cuda_act_new(be_device *base, be_form form, int64_t cap_row, int64_t
     if (form == BE_ACT_ROUTE) {
         ORCD_TRY_GOTO(st, done, cuda_alloc(d, &a->id, n * sizeof *a->id, "routing", err));
         ORCD_TRY_GOTO(st, done, cuda_alloc(d, &a->expert_w, n * sizeof *a->expert_w, "routing", err));
+        d->want_k = width;
         d->want_pairs = (int64_t)n > d->want_pairs ? (int64_t)n : d->want_pairs;
     } else {
         ORCD_TRY_GOTO(st, done, cuda_alloc(d, &a->f32, n * sizeof *a->f32, "an activation", err));
@@ -357,5 +358,6 @@ orcd_status cuda_reserve(cuda_dev *d, int max_tok, int max_out, orcd_error *err)
         ORCD_TRY(grow(d, &c->wide_x, &c->wide_x_bytes, x, x + 256, "rows of a product", err));
         ORCD_TRY(grow(d, &c->wide_hidden, &c->wide_hidden_bytes, h, h + 256, "experts' hidden rows", err));
     }
+    ORCD_TRY(cuda_host_reserve(d, err));
     return cuda_decode_reserve(d, err);
 }

@@ -55,6 +55,11 @@ struct cuda_weight {
     uint8_t *rows; /* EMBED: canonical rows of rows_type */
     q_type rows_type;
     int64_t row_bytes;
+    /* experts in host memory: nothing of the above; see host.cu */
+    bool on_host;
+    struct cuda_dev *dev;
+    be_weight *host, *host_down; /* the cpu backend's; of a GATE_UP what goes with it, set when it is used */
+    be_glu host_glu;
 };
 
 /* ---- activations ---- */
@@ -198,8 +203,8 @@ struct cuda_scratch { /* shared by all operations of a step, sized by the larges
     int32_t *count;   /* [0] tiles */
     float *partial;   /* attention splits, [CUDA_MAX_PARTIAL][16][dim + 2] */
     uint32_t *arrived;
-    float2 *rope;   /* [max_tok][64] cos, sin */
-    uint64_t *best; /* sampling, [outs][CUDA_SAMPLE_PARTS] */
+    float2 *rope;                  /* [max_tok][64] cos, sin */
+    uint64_t *best;                /* sampling, [outs][CUDA_SAMPLE_PARTS] */
     uint8_t *wide_x, *wide_hidden; /* rows in wide.cuh's order: a product's input, the experts' hidden rows */
     size_t wide_x_bytes, wide_hidden_bytes;
     size_t hidden_bytes, down_bytes, pairs, tiles, tok, outs, n_count, n_partial, n_arrived; /* what is there */
@@ -218,6 +223,7 @@ struct cuda_dev {
     cuda_block *block;
     int n_block, cap_block;
     uint64_t used; /* bytes in blocks */
+    be_params params;
     cudaStream_t stream, copy;
     cudaError_t sticky;
     pool *workers; /* for loading */
@@ -238,6 +244,7 @@ struct cuda_dev {
     int id_first, n_id_open;
 
     int64_t want_pairs, want_ff, want_embd, want_expert, want_col; /* largest asked for, for scratch */
+    int64_t want_k, host_embd;                                     /* of the route and of the experts in host memory */
     cuda_scratch scratch;
     struct {
         float f[64];
@@ -246,6 +253,7 @@ struct cuda_dev {
     } freq[CUDA_N_FREQ];
     int n_freq;
 
+    struct cuda_host *host;     /* host.cu's own */
     struct cuda_decode *decode; /* decode.cu's own */
     int n_fused;                /* steps recorded with its kernels */
     cuda_graph *graphs;
@@ -329,6 +337,11 @@ orcd_status cuda_sampled(be_device *d, int32_t *id, orcd_error *err);
 int cuda_n_fused(const be_device *d);
 }
 void cuda_loaded(cuda_dev *d);
+orcd_status cuda_host_load(cuda_dev *d, const be_load *l, cuda_weight *w, orcd_error *err);
+void cuda_host_unload(cuda_dev *d, be_weight *w); /* accepts NULL */
+orcd_status cuda_host_reserve(cuda_dev *d, orcd_error *err);
+orcd_status cuda_host_check(cuda_dev *d, orcd_error *err); /* what failed on the host since the last call */
+void cuda_host_free(cuda_dev *d);
 void cuda_graphs_drop(cuda_dev *d, const cuda_kv *kv); /* NULL: all */
 orcd_status cuda_reserve(cuda_dev *d, int max_tok, int max_out, orcd_error *err);
 
@@ -346,6 +359,7 @@ void cuda_run_experts(cuda_run *r, const cuda_cmd *c);
 void cuda_run_gather(cuda_run *r, const cuda_cmd *c);
 void cuda_run_sample(cuda_run *r, const cuda_cmd *c);
 void cuda_run_moe(cuda_run *r, const cuda_cmd *c);
+void cuda_run_host_experts(cuda_run *r, const cuda_cmd *c);
 void cuda_run_to_f16(cuda_run *r, const cuda_cmd *c);
 void cuda_run_rope_table(cuda_run *r, const cuda_cmd *c); /* cos and sin of the command's frequencies, once a step */
 /* The whole list of a step of one row by fused kernels; false, and nothing launched, when it is no such list. */

@@ -131,6 +131,7 @@ static void dev_close(be_device *base) {
     cuda_graphs_drop(d, NULL);
     free_scratch(d);
     cuda_decode_free(d);
+    cuda_host_free(d);
     cuda_loaded(d);
     for (int i = 0; i < CUDA_N_STAGING; i++) {
         free_host(d->staging[i].host);
@@ -199,6 +200,7 @@ static orcd_status dev_open(const be_params *p, be_device **out, orcd_error *err
     d->base.ops = &be_ops_cuda;
     d->base.params = *p;
     d->ordinal = p->device;
+    d->params = *p;
     if ((e = cudaSetDevice(p->device)) != cudaSuccess ||
         (e = cudaGetDeviceProperties(&prop, p->device)) != cudaSuccess) {
         st = cuda_fail(d, e, "opening the device", err);

@@ -277,6 +277,10 @@ static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l, int pair
 }
 
 void cuda_run_experts(cuda_run *r, const cuda_cmd *c) {
+    if (c->w->on_host) {
+        cuda_run_host_experts(r, c);
+        return;
+    }
     cuda_dev *d = r->dev;
     cuda_scratch *s = &d->scratch;
     const cuda_count rows = cuda_rows_of(r, c);

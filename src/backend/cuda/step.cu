@@ -556,7 +556,7 @@ static orcd_status run(cuda_dev *d, cuda_step *s, orcd_error *err) {
     CUDA_TRY(d, "starting a step", cudaEventRecord(st->done, d->stream));
     if (!s->samples) {
         CUDA_TRY(d, "running a step", cudaStreamSynchronize(d->stream));
-        return ORCD_OK;
+        return cuda_host_check(d, err);
     }
     auto *ids = &d->ids[(d->id_first + d->n_id_open) % 2];
     ids->n = s->base.batch.n_out;
@@ -581,6 +581,7 @@ orcd_status cuda_sampled(be_device *base, int32_t *id, orcd_error *err) {
     d->id_first ^= 1;
     d->n_id_open--;
     CUDA_TRY(d, "waiting for a step", cudaEventSynchronize(ids->ready));
+    ORCD_TRY(cuda_host_check(d, err));
     memcpy(id, d->arr.host_id + (ids - d->ids) * d->arr.max_id, (size_t)ids->n * 4);
     return ORCD_OK;
 }

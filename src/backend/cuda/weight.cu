@@ -459,6 +459,12 @@ orcd_status cuda_load(be_device *base, const be_load *l, be_weight **out, orcd_e
     w->base.n_col = (int64_t)l->part[0].n_col;
     w->base.n_row = (int64_t)stacked_rows(l);
     w->base.n_mat = (int64_t)l->part[0].n_mat;
+    w->dev = d;
+    if (l->host && (l->use == BE_USE_GATE_UP || l->use == BE_USE_DOWN)) {
+        ORCD_TRY_GOTO(st, done, cuda_host_load(d, l, w, err));
+        *out = &w->base;
+        return ORCD_OK;
+    }
     if (l->use == BE_USE_EMBED)
         ORCD_TRY_GOTO(st, done, load_rows(d, l, w, err));
     if (wants_dense(l))
@@ -505,6 +511,7 @@ void cuda_unload(be_device *base, be_weight *weight) {
     cuda_free(d, w->dense);
     cuda_free(d, w->gained);
     cuda_free(d, w->rows);
+    cuda_host_unload(d, w->host);
     delete w;
 }
 
