@@ -437,7 +437,7 @@ static inline void compare(enum bound kind, const char *what, case_fn fn, const 
 
 static inline bool is_dense(q_type t) { return t == Q_F32 || t == Q_F16 || t == Q_BF16; }
 
-static const int token_counts[] = {1, 2, 3, 5, 17, 64, 65, 130};
+static const int token_counts[] = {1, 2, 3, 5, 9, 17, 33, 64, 65, 130};
 
 /* Smallest distance between the k-th and the next logit of a row; w and bias as the weight holds them. */
 static inline double route_gap(const float *w, const float *bias, int n_expert, int n_col, const float *x, int top_k) {

@@ -516,13 +516,18 @@ static void linear_rows_do_not_depend_on_the_batch(void **state) {
     (void)state;
     enum { N = 130 };
     uint64_t seed = 13;
-    for (size_t i = 0; i < q_count(); i++) {
+    for (size_t n = 0; n < 3 * q_count(); n++) {
+        const size_t i = n / 3;
         op_memory m = {.n = 0};
         linear_case c = {.load = {.use = BE_USE_LINEAR},
                          .n_tok = N,
                          .form = BE_ACT_F32,
                          .epilogue = i % 2 ? BE_EPI_ADD : BE_EPI_NONE};
-        int n_col = q_at(i)->block_len == 256 ? 512 : i % 3 ? 160 : 2880;
+        const int narrow = q_at(i)->block_len == 256 ? 512 : 160, n_col = n % 3 == 0   ? narrow
+                                                                          : n % 3 == 1 ? 2880
+                                                                                       : 4096;
+        if (n_col % q_at(i)->block_len != 0)
+            continue;
         op_add_part(&c.load, &m, &seed, q_at(i)->type, 1, 72, (uint64_t)n_col, true);
         fill_linear(&c, &seed);
         for (int k = 0; k < n_tested; k++) {
@@ -531,7 +536,7 @@ static void linear_rows_do_not_depend_on_the_batch(void **state) {
             const float *whole = run_linear(&b, &c, &n_row, &width);
             for (size_t j = 0; j < ORCD_COUNT(token_counts); j++) {
                 linear_case p = c;
-                for (int at = 0; at < N; at += j < 2 ? 43 : p.n_tok) { /* of single rows and pairs, a few */
+                for (int at = 0; at < N; at += p.n_tok > 43 ? p.n_tok : 43) { /* of small pieces, a few */
                     p.n_tok = token_counts[j] < N - at ? token_counts[j] : N - at;
                     p.x = c.x + at * n_col;
                     p.y = c.y + at * width;
@@ -551,12 +556,17 @@ static void linear_rows_do_not_depend_on_the_batch(void **state) {
 static void expert_rows_do_not_depend_on_the_batch(void **state) {
     (void)state;
     enum { N = 130, EXPERTS = 4, TOP = 2 };
-    static const q_type types[] = {Q_MXFP4, Q_Q8_0, Q_BF16, Q_Q4_1};
+    static const struct {
+        q_type type;
+        int n_embd, n_ff;
+    } shapes[] = {{Q_MXFP4, 96, 160}, {Q_MXFP4, 2880, 32}, {Q_MXFP4, 32, 2880}, {Q_Q8_0, 96, 160},
+                  {Q_Q8_0, 2880, 32}, {Q_BF16, 96, 160},   {Q_BF16, 32, 2880},  {Q_Q4_1, 96, 160}};
     uint64_t seed = 14;
-    for (size_t i = 0; i < ORCD_COUNT(types); i++) {
+    for (size_t i = 0; i < ORCD_COUNT(shapes); i++) {
+        const int n_embd = shapes[i].n_embd;
         op_memory m = {.n = 0};
         experts_case c = {.n_tok = N, .top_k = TOP};
-        add_experts(&c, &m, &seed, types[i], types[i], EXPERTS, 96, 160, true);
+        add_experts(&c, &m, &seed, shapes[i].type, shapes[i].type, EXPERTS, n_embd, shapes[i].n_ff, true);
         fill_experts(&c, EXPERTS, MIXED, 2, &seed);
         for (int k = 0; k < n_tested; k++) {
             int64_t n_row, width;
@@ -564,10 +574,10 @@ static void expert_rows_do_not_depend_on_the_batch(void **state) {
             const float *whole = run_experts(&b, &c, &n_row, &width);
             for (size_t j = 0; j < ORCD_COUNT(token_counts); j++) {
                 experts_case p = c;
-                for (int at = 0; at < N; at += j < 2 ? 31 : p.n_tok) {
+                for (int at = 0; at < N; at += p.n_tok > 43 ? p.n_tok : 43) {
                     p.n_tok = token_counts[j] < N - at ? token_counts[j] : N - at;
-                    p.x = c.x + at * 96;
-                    p.y = c.y + at * 96;
+                    p.x = c.x + at * n_embd;
+                    p.y = c.y + at * n_embd;
                     p.route = c.route + at * 2 * TOP;
                     op_bench q = op_open(tested[k].dev);
                     const float *piece = run_experts(&q, &p, &n_row, &width);

@@ -123,9 +123,10 @@ __device__ __forceinline__ void dec_bar_wait(uint32_t bar, uint32_t phase) {
 /* Tiles of N_SEG segments of SEG units on their way to the CTA's warps 0 .. N_SEG - 1: PARTS pieces a tile, each for
  * N_SEG / PARTS warps, STAGES pieces in flight. One warp asks for them: the sixteenth where it has no segment, else
  * warp 0 between its tiles. Tiles: an object whose next() gives the address of the next tile. */
-template <class F, int SEG, int N_SEG, int PARTS, int STAGES> struct dec_pipe {
+template <class F, int SEG, int N_SEG, int PARTS, int STAGES,
+          int PRODUCER_WARP = N_SEG<DEC_WARPS ? DEC_WARPS - 1 : 0> struct dec_pipe {
     static constexpr int WARPS = N_SEG / PARTS, BYTES = WARPS * SEG * F::CHUNK, SMEM = STAGES * (BYTES + 16);
-    static constexpr int PRODUCER = N_SEG < DEC_WARPS ? DEC_WARPS - 1 : 0;
+    static constexpr int PRODUCER = PRODUCER_WARP;
     static_assert(N_SEG % PARTS == 0 && PARTS <= STAGES && BYTES % 16 == 0, "whole pieces");
     const uint8_t *buf;
     uint32_t full, empty; /* shared addresses of barriers */
@@ -188,18 +189,25 @@ template <class F, int SEG, int N_SEG, int PARTS, int STAGES> struct dec_pipe {
         }
     }
 
-    /* acc = the segment's sums of the next tile; x: the lane's activations of the segment. */
-    __device__ __forceinline__ void tile_sum(const __half *x, float (&acc)[4]) {
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        acc[0] = acc[1] = acc[2] = acc[3] = 0;
+    /* The segment's units of the next tile, there until release_tile. */
+    __device__ __forceinline__ const uint8_t *wait_tile() const {
         dec_bar_wait(full + stage * 8, phase);
-        dec_units<F, SEG>(buf + stage * BYTES + warp % WARPS * SEG * F::CHUNK, x, acc, lane);
+        return buf + stage * BYTES + threadIdx.x / 32 % WARPS * SEG * F::CHUNK;
+    }
+    __device__ __forceinline__ void release_tile() {
         __syncwarp();
-        if (lane == 0)
+        if (threadIdx.x % 32 == 0)
             dec_bar_arrive(empty + stage * 8);
         stage += PARTS;
         if (stage >= STAGES)
             stage -= STAGES, phase ^= 1;
+    }
+
+    /* acc = the segment's sums of the next tile; x: the lane's activations of the segment. */
+    __device__ __forceinline__ void tile_sum(const __half *x, float (&acc)[4]) {
+        acc[0] = acc[1] = acc[2] = acc[3] = 0;
+        dec_units<F, SEG>(wait_tile(), x, acc, threadIdx.x % 32);
+        release_tile();
     }
 };
 

@@ -627,7 +627,7 @@ template <class F, int SEG> __global__ void __launch_bounds__(ROW_THREADS, 2) de
         for (int i = 0; i < m; i++)
             for (int e0 = 0; e0 < a.n_expert; e0 += 32) {
                 int64_t at = (int64_t)(blockIdx.x + (i0 + i) * step) * a.n_expert + e0 + e;
-                float v = (i0 + i + e0 == 0 ? wr : a.router[at * 16 + r]) * x16[i * 16 + r];
+                float v = __fmul_rn(i0 + i + e0 == 0 ? wr : a.router[at * 16 + r], x16[i * 16 + r]);
 #pragma unroll
                 for (int d = 8; d; d >>= 1)
                     v += __shfl_xor_sync(~0u, v, d);

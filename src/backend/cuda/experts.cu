@@ -3,6 +3,7 @@
  * Rows are put in order of their experts (perm), cut into tiles of at most `width` rows of one expert, and each tile
  * goes through the packed products. Each (row, expert) pair's output is kept apart and added up at the end in the order
  * of the route, so that a row's result does not depend on its neighbours. */
+#include "backend/cuda/stream.cuh"
 #include "backend/cuda/wide.cuh"
 
 #define MAX_TOP_K 64
@@ -83,6 +84,24 @@ void cuda_run_route(cuda_run *r, const cuda_cmd *c) {
                 c->k, c->y->id, c->y->expert_w);
 }
 
+/* Router weights (times gain) of 16 columns times the row's: products, then halves added onto each other, as the
+ * butterflies of the decode kernels do. */
+static __device__ __forceinline__ float route_tile(const float4 (&w)[4], const float *x) {
+    float v[16];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float4 a = ((const float4 *)x)[i];
+        v[4 * i] = __fmul_rn(w[i].x, a.x), v[4 * i + 1] = __fmul_rn(w[i].y, a.y);
+        v[4 * i + 2] = __fmul_rn(w[i].z, a.z), v[4 * i + 3] = __fmul_rn(w[i].w, a.w);
+    }
+#pragma unroll
+    for (int d = 8; d; d >>= 1)
+#pragma unroll
+        for (int i = 0; i < d; i++)
+            v[i] = __fadd_rn(v[i], v[i + d]);
+    return v[0];
+}
+
 /* Norm and router of a residual row in one: the router sees the row before the norm, its weights carry the gain, and
  * the norm's scale comes last: the order of sums that the decode kernels use, tile by tile of 16 values. */
 static __global__ __launch_bounds__(ROW_THREADS) void norm_route_kernel(cuda_count rows, const float *x, int n,
@@ -90,8 +109,10 @@ static __global__ __launch_bounds__(ROW_THREADS) void norm_route_kernel(cuda_cou
                                                                         const float *router, const float *bias,
                                                                         int n_expert, int k, uint16_t *y, int64_t ld,
                                                                         int32_t *id, float *weight) {
-    extern __shared__ float xs[]; /* [n rounded up to 16] */
-    __shared__ float part[16], sums[16][CUDA_MAX_EXPERT / 8], logit[CUDA_MAX_EXPERT];
+    constexpr int AHEAD = 4;         /* tiles on their way at once */
+    extern __shared__ float4 row4[]; /* [n rounded up to 16] floats */
+    __shared__ float part[16], sums[16][32], logit[CUDA_MAX_EXPERT];
+    float *xs = (float *)row4;
     pdl_launch();
     pdl_wait();
     const int row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_tile = (n + 15) / 16;
@@ -99,39 +120,49 @@ static __global__ __launch_bounds__(ROW_THREADS) void norm_route_kernel(cuda_cou
         return;
     x += (int64_t)row * n;
     float s = 0;
-    for (int i = 4 * threadIdx.x; i < n_tile * 16; i += 4 * ROW_THREADS)
-        for (int j = i; j < i + 4; j++) {
-            const float v = j < n ? x[j] : 0;
-            xs[j] = v;
-            s = fmaf(v, v, s);
-        }
+    for (int i = 4 * threadIdx.x; i < n_tile * 16; i += 4 * ROW_THREADS) {
+        float4 v;
+        if (n % 4 == 0)
+            v = i < n ? *(const float4 *)(x + i) : make_float4(0, 0, 0, 0);
+        else
+            v = make_float4(i < n ? x[i] : 0.f, i + 1 < n ? x[i + 1] : 0.f, i + 2 < n ? x[i + 2] : 0.f,
+                            i + 3 < n ? x[i + 3] : 0.f);
+        row4[i / 4] = v;
+        s = sum_sq4(v, s);
+    }
     const float rs = rms_scale(row_sum(s, part), n, eps);
-    for (int i = threadIdx.x; i < n; i += ROW_THREADS)
-        y[row * ld + i] = f16_bits(__fmul_rn(__fmul_rn(xs[i], rs), gain[i]));
-    for (int e0 = 0; e0 < n_expert; e0 += CUDA_MAX_EXPERT / 8) {
-        for (int e = e0 + lane / 16; e < n_expert && e < e0 + CUDA_MAX_EXPERT / 8; e += 2) {
-            float t = 0;
-            for (int i = warp; i < n_tile; i += 16) {
-                float v = router[((int64_t)i * n_expert + e) * 16 + lane % 16] * xs[i * 16 + lane % 16];
+    for (int e0 = 0; e0 < n_expert; e0 += 32) {
+        const int e = min(e0 + lane, n_expert - 1);
+        float t = 0;
+        for (int i0 = warp; i0 < n_tile; i0 += 16 * AHEAD) {
+            float4 w[AHEAD][4];
 #pragma unroll
-                for (int d = 8; d; d >>= 1)
-                    v += __shfl_xor_sync(0xFFFFu << (lane & 16), v, d);
-                t += v;
-            }
-            if (lane % 16 == 0)
-                sums[warp][e - e0] = t;
+            for (int j = 0; j < AHEAD; j++)
+#pragma unroll
+                for (int q = 0; q < 4; q++)
+                    w[j][q] = i0 + 16 * j < n_tile
+                                  ? ((const float4 *)(router + ((int64_t)(i0 + 16 * j) * n_expert + e) * 16))[q]
+                                  : make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++)
+                if (i0 + 16 * j < n_tile)
+                    t += route_tile(w[j], xs + (i0 + 16 * j) * 16);
         }
+        sums[warp][lane] = t;
         __syncthreads();
-        for (int e = e0 + threadIdx.x; e < n_expert && e < e0 + CUDA_MAX_EXPERT / 8; e += ROW_THREADS) {
-            float t = sums[0][e - e0];
+        if (warp == 0 && e0 + lane < n_expert) {
+            t = sums[0][lane];
+#pragma unroll
             for (int w = 1; w < 16; w++)
-                t += sums[w][e - e0];
+                t += sums[w][lane];
             logit[e] = fmaf(t, rs, bias ? bias[e] : 0.f);
         }
         __syncthreads();
     }
     if (warp == 0)
         choose(logit, n_expert, k, id + (int64_t)row * k, weight + (int64_t)row * k);
+    for (int i = threadIdx.x; i < n; i += ROW_THREADS)
+        y[row * ld + i] = f16_bits(__fmul_rn(__fmul_rn(xs[i], rs), gain[i]));
 }
 
 void cuda_run_moe(cuda_run *r, const cuda_cmd *c) {
@@ -252,7 +283,12 @@ static __global__ void combine_kernel(cuda_count rows, const float *down, const 
 /* Rows of a tile: as many as an expert gets on average, rounded up. */
 static int tile_width(int pairs, int n_expert) {
     const int mean = (pairs + n_expert - 1) / n_expert;
-    return mean <= 6 ? 8 : mean <= 14 ? 16 : mean <= 28 ? 32 : 64;
+    return mean <= 5 ? 8 : mean <= 11 ? 16 : mean <= 32 ? STREAM_MAX_COLS : 64;
+}
+
+template <lin_mode MODE> static void run_tiles(cuda_run *r, const cuda_matrix *m, const lin_args &a, int width, int n) {
+    if (width > STREAM_MAX_COLS || !stream_run<MODE>(r, m, a, width, n))
+        lin_launch<MODE>(r, m, a, width == STREAM_MAX_COLS ? 32 : width, n);
 }
 
 static void to_down(lin_args *a, const cuda_cmd *c, const cuda_scratch *s) {
@@ -306,12 +342,12 @@ void cuda_run_experts(cuda_run *r, const cuda_cmd *c) {
     if (wide)
         run_wide(r, c, a, (int)cuda_wide_pairs(pairs, n_expert));
     else {
-        lin_launch<LIN_GATE_UP>(r, &c->w->matrix[0], a, width, n_block);
+        run_tiles<LIN_GATE_UP>(r, &c->w->matrix[0], a, width, n_block);
         a.x = s->hidden;
         a.ldx = a.ldh;
         a.yh = NULL;
         to_down(&a, c, s);
-        lin_launch<LIN_DOWN>(r, &c->w2->matrix[0], a, width, n_block);
+        run_tiles<LIN_DOWN>(r, &c->w2->matrix[0], a, width, n_block);
     }
     const unsigned parts = rows.cap < 64 ? 8 : 1;
     cuda_launch(r, combine_kernel, dim3((unsigned)rows.cap, parts), dim3(parts > 1 ? 384 : 512), 0, rows,
