@@ -206,4 +206,67 @@ static inline job *mixed_job(int i, int32_t prompt[400]) {
     return j;
 }
 
+/* ---- answers of unknown length in less memory than they may come to ---- */
+
+enum { N_OPEN = 3, OPEN_CTX = 1024 };
+
+static inline job *open_ended(int i, int32_t prompt[400]) {
+    job *j = mixed_job(i, prompt);
+    j->r.max_new = 0;
+    j->r.ignore_eos = true;
+    return j;
+}
+
+/* Pages for a context and a half: two answers begin, and only one of them can come to the end at a time. */
+static inline eng_params scarce(uint64_t cache_bytes) {
+    return (eng_params){.model = MINI,
+                        .n_ctx = OPEN_CTX,
+                        .max_batch = 6,
+                        .max_queue = 64,
+                        .chunk = 64,
+                        .kv_bytes = 46 * page_bytes(),
+                        .cache_bytes = cache_bytes};
+}
+
+/* Each of N_OPEN at once must be what it is alone; that some gave way is asserted. */
+static inline void check_growth(eng *e, job *const want[N_OPEN]) {
+    static int32_t prompt[N_OPEN][400];
+    job *j[N_OPEN];
+    eng_stats s;
+    int most = 0;
+    for (int i = 0; i < N_OPEN; i++)
+        j[i] = submit(e, open_ended(i, prompt[i]));
+    do {
+        eng_get_stats(e, &s);
+        assert_true(s.pages_total[BE_POOL_FULL] < 2 * OPEN_CTX / BE_PAGE);
+        most = s.n_running > most ? s.n_running : most;
+        usleep(500);
+    } while (s.n_running + s.n_waiting > 0);
+    for (int i = 0; i < N_OPEN; i++) {
+        wait_for(j[i]);
+        assert_int_equal(j[i]->result.stop, ENG_STOP_LENGTH);
+        assert_int_equal(j[i]->result.n_prompt + j[i]->n_out, OPEN_CTX);
+        assert_same(j[i], want[i]);
+        free_job(j[i]);
+    }
+    eng_get_stats(e, &s);
+    assert_true(most >= 2);
+    assert_true(s.n_preempted > 0);
+    assert_int_equal(s.n_requests, N_OPEN);
+}
+
+/* What each gives alone, computed once and kept. */
+static inline job *const *open_ended_alone(void) {
+    static int32_t prompt[N_OPEN][400];
+    static job *want[N_OPEN];
+    eng *e =
+        open_engine((eng_params){.model = MINI, .n_ctx = OPEN_CTX, .max_batch = N_OPEN, .cache_bytes = ENG_NO_CACHE});
+    for (int i = 0; i < N_OPEN; i++)
+        want[i] = submit(e, open_ended(i, prompt[i]));
+    for (int i = 0; i < N_OPEN; i++)
+        wait_for(want[i]);
+    eng_close(e);
+    return want;
+}
+
 #endif

@@ -281,6 +281,56 @@ static void memory__admission_waits_until_it_fits(void **state) {
     eng_close(e);
 }
 
+static void memory__answers_of_unknown_length_grow_and_the_youngest_give_way(void **state) {
+    (void)state;
+    job *const *want = open_ended_alone();
+    for (int with_cache = 0; with_cache < 2; with_cache++) {
+        eng *e = open_engine(scarce(with_cache ? 0 : ENG_NO_CACHE));
+        check_growth(e, want);
+        assert_idle(e);
+        eng_close(e);
+    }
+    for (int i = 0; i < N_OPEN; i++)
+        free_job(want[i]);
+}
+
+static void memory__those_who_gave_way_can_be_cancelled_and_expire(void **state) {
+    (void)state;
+    static int32_t prompt[N_OPEN][400];
+    job *j[N_OPEN];
+    eng_stats s;
+    eng *e = open_engine(scarce(0));
+    for (int round = 0; round < 3; round++) {
+        uint64_t before;
+        eng_get_stats(e, &s);
+        before = s.n_preempted;
+        for (int i = 0; i < N_OPEN; i++) {
+            j[i] = open_ended(i + round, prompt[i]);
+            j[i]->r.deadline_s = round == 1 ? 0.4 : 0;
+            submit(e, j[i]);
+        }
+        do {
+            eng_get_stats(e, &s);
+            usleep(500);
+        } while (s.n_preempted == before && s.n_running + s.n_waiting > 0);
+        assert_true(round == 1 || s.n_preempted > before);
+        for (int i = N_OPEN; i-- > 0 && round == 0;)
+            eng_cancel(e, j[i]->ticket);
+        if (round == 2) { /* closed while some wait for their place */
+            eng_close(e);
+            e = NULL;
+        }
+        for (int i = 0; i < N_OPEN; i++) {
+            eng_stop stop = wait_for(j[i])->result.stop;
+            assert_true(stop == (round == 1 ? ENG_STOP_DEADLINE : ENG_STOP_CANCELLED) || stop == ENG_STOP_LENGTH);
+            assert_int_equal(j[i]->result.n_new, j[i]->n_out);
+            free_job(j[i]);
+        }
+        if (e)
+            assert_idle(e);
+    }
+}
+
 /* ---- prefix cache ---- */
 
 static void prefix__a_follow_up_computes_only_what_is_new(void **state) {
@@ -804,6 +854,8 @@ int main(int argc, char **argv) {
         cmocka_unit_test(close__ends_what_runs_and_waits),
         cmocka_unit_test(submit__refuses_what_is_out_of_range),
         cmocka_unit_test(memory__admission_waits_until_it_fits),
+        cmocka_unit_test(memory__answers_of_unknown_length_grow_and_the_youngest_give_way),
+        cmocka_unit_test(memory__those_who_gave_way_can_be_cancelled_and_expire),
         cmocka_unit_test(prefix__a_follow_up_computes_only_what_is_new),
         cmocka_unit_test(prefix__an_answer_that_is_dropped_resumes_at_the_prompts_end),
         cmocka_unit_test(prefix__a_hundred_turns_cost_the_same_each),

@@ -60,9 +60,8 @@ static orcd_status dev_sampled(be_device *d, int32_t *id, orcd_error *err) {
     return ORCD_OK;
 }
 
-static eng *open_sampling_device(int max_batch) {
+static eng *sampling_device(eng *e) {
     orcd_error err;
-    eng *e = open_mini(max_batch, 0);
     memset(&dev, 0, sizeof dev);
     assert_int_equal(samp_open(512, &dev.samp, &err), ORCD_OK);
     fault = ORCD_OK;
@@ -75,6 +74,8 @@ static eng *open_sampling_device(int max_batch) {
     e->dev->ops = &faulty;
     return e;
 }
+
+static eng *open_sampling_device(int max_batch) { return sampling_device(open_mini(max_batch, 0)); }
 
 static void close_sampling_device(eng *e) {
     assert_idle(e);
@@ -177,10 +178,24 @@ static void ahead__a_bad_logit_or_step_ends_its_request(void **state) {
     close_sampling_device(e);
 }
 
+static void ahead__those_who_give_way_go_on_as_if_alone(void **state) {
+    (void)state;
+    job *const *want = open_ended_alone();
+    for (int with_cache = 0; with_cache < 2; with_cache++) {
+        eng *e = sampling_device(open_engine(scarce(with_cache ? 0 : ENG_NO_CACHE)));
+        check_growth(e, want);
+        assert_int_equal(dev.most_open, 2);
+        close_sampling_device(e);
+    }
+    for (int i = 0; i < N_OPEN; i++)
+        free_job(want[i]);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(ahead__equals_one_step_at_a_time),
         cmocka_unit_test(ahead__cancels_and_follow_ups),
+        cmocka_unit_test(ahead__those_who_give_way_go_on_as_if_alone),
         cmocka_unit_test(ahead__a_bad_logit_or_step_ends_its_request),
     };
     device = be_find("cpu") ? "cpu" : "ref";

@@ -136,7 +136,10 @@ typedef struct eng_result {
 typedef struct eng_request {
     const int32_t *prompt; /* copied */
     size_t n_prompt;       /* 1.. ; prompt + 1 must fit the context, else ORCD_ERR_LIMIT */
-    int32_t max_new;       /* >= 0; <= 0 means up to the context's end */
+    /* <= 0: up to the context's end. KV memory is kept for max_new tokens from the start; without it for a few hundred
+     * at a time, and when it runs out the youngest request waits until there is room and then goes on as if nothing had
+     * been. */
+    int32_t max_new;
     samp_params sampling;
     bool has_seed;          /* else one is drawn and reported */
     const int32_t *stop_id; /* copied; tokens that end the request; none given: tok_ends of the tokenizer */
@@ -174,7 +177,7 @@ void eng_drain(eng *e);
 
 typedef struct eng_stats { /* a snapshot, never blocking on the engine thread */
     int n_running, n_waiting, max_batch;
-    uint64_t n_requests, n_tokens_in, n_tokens_cached, n_tokens_out, n_steps;
+    uint64_t n_requests, n_preempted, n_tokens_in, n_tokens_cached, n_tokens_out, n_steps;
     uint64_t n_by_stop[6];
     int pages_used[BE_N_POOLS], pages_total[BE_N_POOLS], pages_cached[BE_N_POOLS];
     uint64_t cache_hits, cache_lookups;

@@ -39,6 +39,7 @@ struct seq {
     int32_t n_told;  /* of them reported through on_token, prompt included */
     int32_t n_fed;   /* of them in the KV memory */
     int32_t n_cached;
+    int32_t n_said; /* of the prompt reported through on_prefill, -1 = it never ran */
 
     int slot;
     int rows;             /* of the step in hand */
@@ -52,8 +53,8 @@ struct seq {
 
 typedef struct eng_counters { /* written by the engine thread, read by anyone */
     atomic_int running, waiting;
-    atomic_uint_fast64_t requests, tokens_in, tokens_cached, tokens_out, steps, by_stop[ENG_STOP_ERROR + 1], hits,
-        lookups;
+    atomic_uint_fast64_t requests, preempted, tokens_in, tokens_cached, tokens_out, steps, by_stop[ENG_STOP_ERROR + 1],
+        hits, lookups;
     atomic_uint_fast64_t step_ns, forward_ns, callback_ns, heartbeat_ns;
     atomic_bool failed;
 } eng_counters;
@@ -81,8 +82,8 @@ struct eng {
 
     pthread_mutex_t lock; /* guards what follows */
     pthread_cond_t wake;
-    seq **queue; /* [max_queue] ring */
-    int queue_head, n_queue, max_queue;
+    seq **queue; /* [queue_cap] ring: what was submitted, at most max_queue, and before it what lost its place */
+    int queue_head, n_queue, max_queue, queue_cap;
     seq **slot; /* [max_batch]: running; changed by the engine thread only, under the lock */
     eng_ticket last_ticket;
     bool draining, closing;
@@ -123,8 +124,8 @@ orcd_status seq_new(const eng *e, const eng_request *r, seq **out, orcd_error *e
 void seq_free(seq *s);
 /* Tell on_done and free. The sequence is in no list any more. */
 void seq_end(eng *e, seq *s, eng_stop why, const orcd_error *error);
-/* Tell on_prefill how much of the prompt is done. */
-void seq_prefilled(eng *e, const seq *s);
+/* Tell on_prefill how much of the prompt is done, if it is more than it knows. */
+void seq_prefilled(eng *e, seq *s);
 /* True when only the host can sample: mask, bias, penalties. */
 bool seq_draws_on_host(const seq *s);
 /* Draw the next token from the last row's logits. */

@@ -111,7 +111,8 @@ static orcd_status check_params(const eng_params *p, orcd_error *err) {
 static orcd_status make_tables(eng *e, int max_batch, int max_queue, orcd_error *err) {
     size_t rows = (size_t)e->max_rows, n = (size_t)max_batch;
     e->max_queue = max_queue;
-    e->queue = calloc((size_t)max_queue, sizeof *e->queue);
+    e->queue_cap = max_queue + max_batch;
+    e->queue = calloc((size_t)e->queue_cap, sizeof *e->queue);
     e->slot = calloc(n, sizeof *e->slot);
     e->order = calloc(n, sizeof *e->order);
     e->flight[0].seq = calloc(n, sizeof(seq *));

@@ -20,6 +20,7 @@
 #define STEP_LONGEST_S 1.0 /* beyond this even the smallest good slice is cut */
 #define SLOWDOWN 4         /* a step with prefill may take this many times a pure decode step */
 #define MIN_SLICE 16       /* prefill rows that are always worth a step */
+#define GROWTH 512         /* tokens that an answer of unknown length is expected to grow by */
 #define SMOOTH 0.2         /* weight of the newest step in the running means */
 
 static void set_int(atomic_int *v, int n) { atomic_store_explicit(v, n, memory_order_relaxed); }
@@ -35,12 +36,15 @@ static void start(eng *e, seq *s, int slot) {
     e->slot[slot] = s;
     pthread_mutex_unlock(&e->lock);
     s->slot = slot;
-    s->t_start = eng_now();
     e->order[e->n_running++] = s;
     set_int(&e->n.running, e->n_running);
-    eng_count(&e->n.tokens_in, s->r.n_prompt);
-    eng_count(&e->n.tokens_cached, (uint64_t)s->n_cached);
-    while (s->next_boundary < s->r.n_boundary && s->r.boundary[s->next_boundary] <= (size_t)s->n_cached)
+    if (s->n_said < 0) { /* for the first time */
+        s->t_start = eng_now();
+        s->n_cached = s->n_fed;
+        eng_count(&e->n.tokens_in, s->r.n_prompt);
+        eng_count(&e->n.tokens_cached, (uint64_t)s->n_cached);
+    }
+    while (s->next_boundary < s->r.n_boundary && s->r.boundary[s->next_boundary] <= (size_t)s->n_fed)
         s->next_boundary++;
     seq_prefilled(e, s);
 }
@@ -54,11 +58,11 @@ static void forget_awaited(eng *e, seq *s) {
     s->awaits = NULL;
 }
 
-/* Take a sequence out of its slot and end it. */
-static void finish(eng *e, seq *s, eng_stop why, const orcd_error *error) {
+/* Take a sequence out of its slot; the cache may keep what it has computed. */
+static void take_out(eng *e, seq *s, bool keep) {
     forget_awaited(e, s);
     if (e->cache) {
-        if (why != ENG_STOP_ERROR)
+        if (keep)
             prefix_save(e->cache, s->slot, s->token, s->n_fed, s->r.cache_salt, &s->cursor);
         prefix_leave(e->cache, &s->cursor);
     }
@@ -73,16 +77,40 @@ static void finish(eng *e, seq *s, eng_stop why, const orcd_error *error) {
         i++;
     memmove(&e->order[i], &e->order[i + 1], (size_t)(--e->n_running - i) * sizeof *e->order);
     set_int(&e->n.running, e->n_running);
+}
+
+static void finish(eng *e, seq *s, eng_stop why, const orcd_error *error) {
+    take_out(e, s, why != ENG_STOP_ERROR);
     e->may_admit = true;
     seq_end(e, s, why, error);
 }
 
-/* Pages that the sequence may still take, beyond those it maps. */
-static int pages_to_come(const eng *e, const seq *s) {
-    return e->kv.pool[BE_POOL_FULL].n_page ? kv_n_index(s->n_limit - 1) - e->kv.end[BE_POOL_FULL][s->slot] : 0;
+/* s loses its place and goes on later, as the first that waits: what the cache forgets meanwhile is computed again,
+ * with the same results. */
+static void preempt(eng *e, seq *s) {
+    take_out(e, s, true);
+    s->n_fed = 0;
+    pthread_mutex_lock(&e->lock);
+    e->queue_head = (e->queue_head + e->queue_cap - 1) % e->queue_cap;
+    e->queue[e->queue_head] = s;
+    set_int(&e->n.waiting, ++e->n_queue);
+    pthread_mutex_unlock(&e->lock);
+    eng_count(&e->n.preempted, 1);
 }
 
-/* Everyone running can reach the end, and s too, whose slot maps what it shares. */
+/* Pages to map before s has n_pos positions. */
+static int pages_until(const eng *e, const seq *s, int32_t n_pos) {
+    int n = kv_n_index(n_pos) - e->kv.end[BE_POOL_FULL][s->slot];
+    return e->kv.pool[BE_POOL_FULL].n_page && n > 0 ? n : 0;
+}
+
+/* Pages that are kept for s: to its end, when the request says how long that may be; else a growth step ahead. */
+static int pages_to_come(const eng *e, const seq *s) {
+    bool open = s->r.max_new <= 0 && s->n_limit - s->n_tok > GROWTH;
+    return pages_until(e, s, open ? s->n_tok + GROWTH : s->n_limit - 1);
+}
+
+/* There is room for everyone running as far as can be foreseen, and for s too, whose slot maps what it shares. */
 static bool fits(const eng *e, const seq *s) {
     int need = pages_to_come(e, s);
     for (int i = 0; i < e->n_running; i++)
@@ -107,15 +135,16 @@ static bool place(eng *e, seq *s, int slot) {
     s->slot = slot;
     if (!e->cache)
         return fits(e, s);
-    prefix_hit hit = prefix_find(e->cache, s->token, (int32_t)s->r.n_prompt, s->r.cache_salt);
-    if (soon_cached(e, s, hit.n_pos))
+    bool fresh = s->n_said < 0;
+    prefix_hit hit = prefix_find(e->cache, s->token, s->n_tok, s->r.cache_salt);
+    if (fresh && soon_cached(e, s, hit.n_pos))
         return false;
-    eng_count(&e->n.lookups, 1);
+    eng_count(&e->n.lookups, fresh);
     if (hit.n_pos > 0) {
         prefix_pin(e->cache, &hit, s->token, s->r.cache_salt, slot, &s->cursor);
         if (fits(e, s) && prefix_fork(e->cache, &hit, slot)) {
-            s->n_fed = s->n_cached = hit.n_pos;
-            eng_count(&e->n.hits, 1);
+            s->n_fed = hit.n_pos;
+            eng_count(&e->n.hits, fresh);
             return true;
         }
         prefix_unpin(e->cache, &hit, slot, &s->cursor);
@@ -143,7 +172,7 @@ static void admit(eng *e) {
             return;
         }
         pthread_mutex_lock(&e->lock);
-        e->queue_head = (e->queue_head + 1) % e->max_queue;
+        e->queue_head = (e->queue_head + 1) % e->queue_cap;
         set_int(&e->n.waiting, --e->n_queue);
         pthread_mutex_unlock(&e->lock);
         start(e, s, slot);
@@ -165,9 +194,9 @@ static seq *take_expired(eng *e, double now, bool closing, eng_stop *why) {
     seq *found = NULL;
     pthread_mutex_lock(&e->lock);
     for (int i = 0; i < e->n_queue; i++) {
-        seq **at = &e->queue[(e->queue_head + i) % e->max_queue];
+        seq **at = &e->queue[(e->queue_head + i) % e->queue_cap];
         if (found)
-            e->queue[(e->queue_head + i - 1) % e->max_queue] = *at;
+            e->queue[(e->queue_head + i - 1) % e->queue_cap] = *at;
         else if (expired(*at, now, closing, why))
             found = *at;
     }
@@ -182,7 +211,7 @@ static void sweep(eng *e, double now, bool closing, bool poked) {
     for (int i = e->n_running; i-- > 0;)
         if (expired(e->order[i], now, closing, &why))
             finish(e, e->order[i], why, NULL);
-    if (!poked && now < e->look_at)
+    if (!closing && !poked && now < e->look_at)
         return;
     e->look_at = now + QUEUE_LOOK_S;
     for (seq *s; (s = take_expired(e, now, closing, &why));) {
@@ -232,6 +261,19 @@ static void share_out(eng *e) {
         even = even < rows ? even : rows;
         s->rows = even < seq_pending(s) ? even : seq_pending(s);
         rows -= s->rows;
+    }
+}
+
+/* Pages for the rows of this step: where they do not suffice, the youngest go, never the oldest, which therefore comes
+ * to its end; alone it always has room. */
+static void make_room(eng *e) {
+    for (;;) {
+        int need = 0;
+        for (int i = 0; i < e->n_running; i++)
+            need += pages_until(e, e->order[i], e->order[i]->rows ? e->order[i]->n_fed + e->order[i]->rows : 0);
+        if (need <= kv_available(&e->kv, BE_POOL_FULL) || e->n_running < 2)
+            return;
+        preempt(e, e->order[e->n_running - 1]);
     }
 }
 
@@ -416,6 +458,7 @@ static void step(eng *e) {
         return;
     }
     share_out(e);
+    make_room(e);
     lay_out(e, &b, f);
     if (b.n_tok == 0) { /* all await their last token */
         if (e->open)

@@ -134,7 +134,7 @@ orcd_status seq_new(const eng *e, const eng_request *r, seq **out, orcd_error *e
     s->r.prompt = s->token;
     s->n_limit = n_limit;
     s->n_tok = s->n_told = (int32_t)r->n_prompt;
-    s->slot = -1;
+    s->slot = s->n_said = -1;
     s->t_submit = eng_now();
     *out = s;
     return ORCD_OK;
@@ -168,11 +168,12 @@ void seq_end(eng *e, seq *s, eng_stop why, const orcd_error *error) {
     e->in_callbacks += eng_now() - now;
 }
 
-void seq_prefilled(eng *e, const seq *s) {
+void seq_prefilled(eng *e, seq *s) {
     int32_t n_prompt = (int32_t)s->r.n_prompt, n_done = s->n_fed < n_prompt ? s->n_fed : n_prompt;
     double t0 = eng_now();
-    if (s->r.on_prefill)
+    if (s->r.on_prefill && n_done > s->n_said)
         s->r.on_prefill(s->r.ctx, n_done, n_prompt);
+    s->n_said = n_done > s->n_said ? n_done : s->n_said;
     e->in_callbacks += eng_now() - t0;
 }
 

@@ -8,10 +8,10 @@ static orcd_status enqueue(eng *e, seq *s, eng_ticket *out, orcd_error *err) {
         return orcd_fail(err, ORCD_ERR_DEVICE, "the engine has failed for good: %s", e->failure.message);
     if (e->draining || e->closing)
         return orcd_fail(err, ORCD_ERR_CANCELLED, "the engine is shutting down and takes no new requests");
-    if (e->n_queue == e->max_queue)
+    if (e->n_queue >= e->max_queue)
         return orcd_fail_at(err, ORCD_ERR_LIMIT, 1, "%d requests are waiting already: try again later", e->n_queue);
     s->ticket = *out = ++e->last_ticket;
-    e->queue[(e->queue_head + e->n_queue++) % e->max_queue] = s;
+    e->queue[(e->queue_head + e->n_queue++) % e->queue_cap] = s;
     atomic_store_explicit(&e->n.waiting, e->n_queue, memory_order_relaxed);
     eng_count(&e->n.requests, 1);
     e->poked = true;
@@ -35,7 +35,7 @@ void eng_cancel(eng *e, eng_ticket t) {
     pthread_mutex_lock(&e->lock);
     seq *found = NULL;
     for (int i = 0; i < e->n_queue && !found; i++) {
-        seq *s = e->queue[(e->queue_head + i) % e->max_queue];
+        seq *s = e->queue[(e->queue_head + i) % e->queue_cap];
         found = s->ticket == t ? s : NULL;
     }
     for (int i = 0; i < e->info.max_batch && !found; i++)
@@ -69,6 +69,7 @@ void eng_get_stats(const eng *e, eng_stats *out) {
                        .n_waiting = atomic_load_explicit(&n->waiting, memory_order_relaxed),
                        .max_batch = e->info.max_batch,
                        .n_requests = get(&n->requests),
+                       .n_preempted = get(&n->preempted),
                        .n_tokens_in = get(&n->tokens_in),
                        .n_tokens_cached = get(&n->tokens_cached),
                        .n_tokens_out = get(&n->tokens_out),

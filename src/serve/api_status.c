@@ -52,6 +52,8 @@ static void print_engine(const server *s, const eng_stats *e, buf *out) {
     metrics_counter(out, "worker_tokens_cached_total", "Prompt tokens that the prefix cache had.",
                     (double)e->n_tokens_cached);
     metrics_counter(out, "worker_tokens_generated_total", "Tokens generated.", (double)e->n_tokens_out);
+    metrics_counter(out, "worker_preemptions_total",
+                    "Generations that gave up their KV pages to older ones for a while.", (double)e->n_preempted);
     metrics_counter(out, "worker_prefix_cache_lookups_total", "Prompts looked up in the prefix cache.",
                     (double)e->cache_lookups);
     metrics_counter(out, "worker_prefix_cache_hits_total", "Prompts of which it had a part.", (double)e->cache_hits);
