@@ -163,20 +163,18 @@ static void close_product(be_device *d, product *p) {
 }
 
 orcd_status be_time_product(be_device *d, be_product *b, orcd_error *err) {
-    enum { REPS = 5 };
+    enum { REPS = 8, ENOUGH_S = 1 };
     orcd_status st;
     product p = {0};
     int most = 1;
     for (int i = 0; i < b->n; i++)
         most = b->rows[i] > most ? b->rows[i] : most;
-    if (!b->n_row)
-        b->n_row = ((int64_t)256 << 20) / (int64_t)q_row_bytes(q_find(b->type), (size_t)b->n_col);
     ORCD_TRY_GOTO(st, done, open_product(d, b, most, &p, err));
     b->bytes = p.w->bytes;
     for (int i = 0; i < b->n; i++) {
-        double best = INFINITY, t;
+        double best = INFINITY, t, t0 = now();
         p.x->n_row = b->rows[i];
-        for (int r = 0; r <= REPS; r++) { /* the first warms up */
+        for (int r = 0; r <= REPS && (r < 2 || now() - t0 < ENOUGH_S); r++) { /* the first warms up */
             ORCD_TRY_GOTO(st, done, step(d, &p, b->rows[i], &t, err));
             best = r > 0 && t < best ? t : best;
         }

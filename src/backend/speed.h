@@ -12,7 +12,7 @@ orcd_status be_read_speed(be_device *d, double *bytes_per_s, orcd_error *err) OR
 #define BE_MAX_PRODUCTS 4
 typedef struct be_product {
     q_type type;
-    int64_t n_col, n_row; /* of the weights; n_row 0: as many as fill about 256 MiB as stored */
+    int64_t n_col, n_row; /* of the weights */
     int n, rows[BE_MAX_PRODUCTS];
     double seconds[BE_MAX_PRODUCTS]; /* out: the best of a few steps with rows[i] rows of activations */
     uint64_t bytes;                  /* out: of the weights on the device */

@@ -60,6 +60,10 @@ static void axis(const chart *c, buf *out, bool is_x) {
         tick(c, out, is_x, k * step);
 }
 
+void chart_page(buf *out, int n) {
+    buf_printf(out, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\">\n", WIDTH, n * HEIGHT);
+}
+
 void chart_begin(chart *c, buf *out) {
     if (!(c->x1 > c->x0))
         c->x1 = c->log_x ? c->x0 * 2 : c->x0 + 1;
@@ -71,9 +75,9 @@ void chart_begin(chart *c, buf *out) {
         c->y1 = c->y0 + ceil(fmax(c->y1 - c->y0, step) / step) * step;
     }
     buf_printf(out,
-               "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" font-family=\"sans-serif\" "
-               "font-size=\"12\">\n<rect width=\"%d\" height=\"%d\" fill=\"#fff\"/>\n",
-               WIDTH, HEIGHT, WIDTH, HEIGHT);
+               "<svg xmlns=\"http://www.w3.org/2000/svg\" y=\"%d\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" "
+               "font-family=\"sans-serif\" font-size=\"12\">\n<rect width=\"%d\" height=\"%d\" fill=\"#fff\"/>\n",
+               c->place * HEIGHT, WIDTH, HEIGHT, WIDTH, HEIGHT, WIDTH, HEIGHT);
     text(out, LEFT, 22, "start", "font-size=\"15\" fill=\"#111\"", c->title);
     axis(c, out, true);
     axis(c, out, false);

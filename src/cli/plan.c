@@ -117,9 +117,9 @@ static void draw(const char *label, uint64_t from, uint64_t bytes, uint64_t whol
     hi = hi > CELLS ? CELLS : hi;
     lo = lo < hi ? lo : hi - 1;
     printf("  %-12s %10s  ", label, human_bytes(bytes, size));
-    for (int i = 0; i < CELLS; i++)
-        fputs(i < lo || i >= hi || !bytes ? " " : cell, stdout);
-    printf("  %s\n", more);
+    for (int i = 0; i < (*more ? CELLS : hi) && bytes; i++)
+        fputs(i < lo || i >= hi ? " " : cell, stdout);
+    printf(*more ? "  %s\n" : "\n", more);
 }
 
 static void print_speed(const options *o, const report *r) {

@@ -30,6 +30,14 @@ uint64_t peak_rss_bytes(void) {
     return (uint64_t)u.ru_maxrss * 1024;
 }
 
+void reset_peak_rss(void) {
+    FILE *f = fopen("/proc/self/clear_refs", "w"); /* 5: the peak, from now on */
+    if (f) {
+        fputs("5", f);
+        fclose(f);
+    }
+}
+
 const char *human_bytes(uint64_t n, char out[32]) {
     static const char *const unit[] = {"B", "KiB", "MiB", "GiB", "TiB"};
     double v = (double)n;
