@@ -607,7 +607,9 @@ static enum MHD_Result serve(void *ctx, struct MHD_Connection *conn, const char 
         return MHD_YES;
     }
     if (x->phase == READING) {
+        pthread_mutex_lock(&x->lock); /* the watcher looks */
         x->phase = HANDLING;
+        pthread_mutex_unlock(&x->lock);
         if (x->body.failed && !x->early)
             x->early = 500;
         if (x->early)

@@ -22,48 +22,48 @@ bool req_fail(req_error *e, int status, const char *code, const char *param, con
 
 static bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
-/* jansson has no unsigned integers: numbers from 2^63 to 2^64 - 1, as random seeds are, are rewritten in place as the
- * negative number of the same bits, which is never longer. Digits inside strings stay. */
-static void wrap_u64(char *s, size_t len) {
+/* The JSON in `s` into `out`, which has room for len + len / 19 + 1 bytes; its length. jansson has no unsigned
+ * integers: numbers from 2^63 to 2^64 - 1, as random seeds are, become the negative number of the same bits, which may
+ * be one character longer. Digits inside strings stay. */
+static size_t wrap_u64(const char *s, size_t len, char *out) {
     bool string = false;
+    size_t n = 0;
     for (size_t i = 0; i < len;) {
         if (string) {
             string = s[i] != '"';
-            i += s[i] == '\\' ? 2 : 1;
+            for (int k = s[i] == '\\' && i + 1 < len ? 2 : 1; k > 0; k--)
+                out[n++] = s[i++];
             continue;
         }
         string = s[i] == '"';
         size_t from = i;
         while (i < len && is_digit(s[i]))
             i++;
+        i += i == from;
         bool whole = i - from >= 19 && i - from <= 20 && !(from > 0 && strchr("-.+eE", s[from - 1])) &&
                      !(i < len && strchr(".eE", s[i]));
-        if (whole) {
-            char digits[24];
-            memcpy(digits, s + from, i - from);
-            digits[i - from] = '\0';
-            errno = 0;
-            unsigned long long v = strtoull(digits, NULL, 10);
-            if (!errno && v > INT64_MAX) {
-                int n = snprintf(digits, sizeof digits, "%lld", (long long)v);
-                memset(s + from, ' ', i - from);
-                memcpy(s + from, digits, (size_t)n);
-            }
+        char digits[24] = "";
+        memcpy(digits, s + from, whole ? i - from : 0);
+        errno = 0;
+        unsigned long long v = strtoull(digits, NULL, 10);
+        if (whole && !errno && v > INT64_MAX) {
+            n += (size_t)sprintf(out + n, "%lld", (long long)v);
+        } else {
+            memcpy(out + n, s + from, i - from);
+            n += i - from;
         }
-        i += i == from;
     }
+    return n;
 }
 
 json_t *req_parse(const char *body, size_t len, req_error *err) {
     json_error_t e;
-    char *copy = malloc(len + 1);
+    char *copy = malloc(len + len / 19 + 2); /* and the NUL that ends a number */
     if (!copy) {
         req_fail(err, 503, "out_of_memory", NULL, "out of memory");
         return NULL;
     }
-    memcpy(copy, body, len);
-    copy[len] = '\0';
-    wrap_u64(copy, len);
+    len = wrap_u64(body, len, copy);
     json_t *o = json_loadb(copy, len, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &e);
     free(copy);
     if (!o)

@@ -71,6 +71,16 @@ class Execute(unittest.TestCase):
         b = execute(max_tokens=40, seed=a[0][1]["seed"])[1]
         self.assertEqual(text(a), text(b))
 
+    def test_every_seed_of_64_bits(self):
+        """Just beyond 2^63 the JSON library's own integers end."""
+        for seed in (0, 2**53 + 1, 2**63 - 1, 2**63, 2**63 + 1, 9913556989751108283, 10**19 - 1, 10**19, 2**64 - 1):
+            status, events = execute(max_tokens=2, seed=seed)
+            self.assertEqual((status, events[0][1]["seed"], events[-1][1]["seed"]), (200, seed, seed))
+            text = f'{{"job_id":"9913556989751108283\\"","prompt":"a","max_tokens":1,"seed":{seed}}}'
+            self.assertEqual(worker.post("/execute", text.encode())[0], 200)
+        for seed in (2**64, 10**20):
+            self.assertEqual(execute(max_tokens=2, seed=seed)[0], 400)
+
     def test_stop_string_across_tokens(self):
         whole = text(execute(max_tokens=60, temperature=0)[1])
         stop = whole[20:31]
