@@ -105,6 +105,6 @@ const char *human_bytes(uint64_t n, char out[32]);
 const char *human_count(uint64_t n, char out[32]);
 uint64_t peak_rss_bytes(void);
 void reset_peak_rss(void); /* forget what was before; where the system does not let us, nothing happens */
-double now_s(void); /* monotonic */
+double now_s(void);        /* monotonic */
 
 #endif
