@@ -13,6 +13,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 ORCD = os.environ.get("ORCD", os.path.join(ROOT, "orcd"))
 MODEL = os.path.join(ROOT, "models", "fable.gguf")
+SLOW = 8 if "-san-" in ORCD else 1  # a sanitizer's build: so much more time and memory
 WORKER_ID = "01234567-89ab-cdef-0123-456789abcdef"
 
 
