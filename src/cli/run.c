@@ -151,12 +151,12 @@ static void print_json(const job *j, const eng_info *info) {
     json_t *id = json_array();
     for (size_t i = 0; i < j->out.n; i++)
         json_array_append_new(id, json_integer(j->out.data[i]));
-    json_t *o =
-        json_pack("{s:s, s:s%, s:o, s:i, s:i, s:i, s:s, s:I, s:f, s:f, s:f, s:I}", "model", info->model_name, "text",
-                  j->text.data ? j->text.data : "", j->text.len, "ids", id, "prompt_tokens", (int)r->n_prompt,
-                  "cached_tokens", (int)r->n_cached, "tokens", (int)r->n_new, "stop", stop_name(j), "seed",
-                  (json_int_t)r->seed, "prefill_tok_s", rate(r->n_prompt - r->n_cached, r->prefill_s), "decode_tok_s",
-                  rate(r->n_new - 1, r->decode_s), "load_s", info->load_s, "peak_bytes", (json_int_t)peak_rss_bytes());
+    json_t *o = json_pack(
+        "{s:s, s:s%, s:o, s:i, s:i, s:i, s:s, s:I, s:f, s:f, s:f, s:f, s:I}", "model", info->model_name, "text",
+        j->text.data ? j->text.data : "", j->text.len, "ids", id, "prompt_tokens", (int)r->n_prompt, "cached_tokens",
+        (int)r->n_cached, "tokens", (int)r->n_new, "stop", stop_name(j), "seed", (json_int_t)r->seed, "prefill_tok_s",
+        rate(r->n_prompt - r->n_cached, r->prefill_s), "decode_tok_s", rate(r->n_new - 1, r->decode_s), "load_s",
+        info->load_s, "load_gb_s", info->load_gb_s, "peak_bytes", (json_int_t)peak_rss_bytes());
     json_dumpf(o, stdout, JSON_REAL_PRECISION(6));
     printf("\n");
     json_decref(o);

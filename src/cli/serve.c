@@ -43,8 +43,8 @@ static void print_ready(const options *o, const eng_info *i, const server *s, co
            human_bytes(i->total_bytes, t));
     printf("context  %s tokens, %d requests at once%s\n", human_count((uint64_t)i->n_ctx, ctx), i->max_batch,
            i->has_harmony ? "" : "; no chat format: completions only");
-    printf("ready    %s://%s:%d/v1 after %.1f s; key: %s\n", scheme, o->host, port, i->load_s,
-           o->api_key_file ? "needed" : "none (loopback only)");
+    printf("ready    %s://%s:%d/v1 after %.1f s (weights at %.1f GB/s); key: %s\n", scheme, o->host, port, i->load_s,
+           i->load_gb_s, o->api_key_file ? "needed" : "none (loopback only)");
     printf("try      python3 -c \"from openai import OpenAI; c = OpenAI(base_url='%s://%s:%d/v1', api_key='%s'); "
            "print(c.%s)\"\n",
            scheme, o->host, port, o->api_key_file ? "KEY" : "none",

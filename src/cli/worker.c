@@ -205,8 +205,9 @@ static orcd_status load(const options *o, const char *device, const event_log *l
     p.progress_ctx = &progress;
     ORCD_TRY(eng_open(&p, out, err));
     const eng_info *i = eng_get_info(*out);
-    log_event(log, "model_load_complete", "s:s, s:s, s:I, s:I, s:f", "architecture", i->arch, "quant_kind", i->quant,
-              "weight_bytes", (json_int_t)i->weight_bytes, "kv_bytes", (json_int_t)i->kv_bytes, "seconds", i->load_s);
+    log_event(log, "model_load_complete", "s:s, s:s, s:I, s:I, s:f, s:f", "architecture", i->arch, "quant_kind",
+              i->quant, "weight_bytes", (json_int_t)i->weight_bytes, "kv_bytes", (json_int_t)i->kv_bytes, "seconds",
+              i->load_s, "gb_per_second", i->load_gb_s);
     return ORCD_OK;
 }
 

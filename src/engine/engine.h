@@ -51,7 +51,7 @@ typedef struct eng_info {
     uint64_t weight_bytes, kv_bytes, act_bytes; /* on the device */
     uint64_t host_bytes;                        /* experts in host memory beside it */
     uint64_t free_bytes, total_bytes;           /* of the device: left over when it was opened; in all */
-    double load_s;
+    double load_s, load_gb_s;                   /* until it was ready; weights as stored, per second of loading them */
 } eng_info;
 
 /* What a model takes on a device, to the byte, before anything is loaded. */
@@ -185,6 +185,7 @@ typedef struct eng_stats { /* a snapshot, never blocking on the engine thread */
      * engine itself. */
     double step_s, forward_s, callback_s;
     double heartbeat_age_s; /* since the engine thread last went round its loop */
+    bool resident;          /* the model lies in the device's own memory; looked at once a minute */
     bool failed;            /* for good: see eng_failure */
 } eng_stats;
 void eng_get_stats(const eng *e, eng_stats *out);

@@ -56,7 +56,7 @@ typedef struct eng_counters { /* written by the engine thread, read by anyone */
     atomic_uint_fast64_t requests, preempted, tokens_in, tokens_cached, tokens_out, steps, by_stop[ENG_STOP_ERROR + 1],
         hits, lookups;
     atomic_uint_fast64_t step_ns, forward_ns, callback_ns, heartbeat_ns;
-    atomic_bool failed;
+    atomic_bool failed, astray; /* astray: memory of the model was found outside the device */
 } eng_counters;
 
 struct eng {
@@ -102,6 +102,7 @@ struct eng {
     float *logits;                                     /* [n_vocab], where the host cannot address the device */
     double decode_s, row_s;                            /* running means: a step without prefill, one more prefill row */
     double in_model, in_callbacks;                     /* seconds of this round that went to the model, to callbacks */
+    double resident_at;                                /* when that is next looked at */
     double t_ready;                                    /* when the device was last known to be done */
 };
 

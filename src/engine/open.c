@@ -214,6 +214,7 @@ orcd_status eng_open(const eng_params *p, eng **out, orcd_error *err) {
     eng_plan pl = {0};
     int max_batch = p->max_batch ? p->max_batch : 1, max_queue = p->max_queue ? p->max_queue : 4 * max_batch;
     be_kv_spec spec = spec_of(p);
+    arch_size size;
     double t0 = eng_now();
     *out = NULL;
     ORCD_TRY(check_params(p, err));
@@ -226,13 +227,18 @@ orcd_status eng_open(const eng_params *p, eng **out, orcd_error *err) {
     arch_kv_spec(&e->cfg, &spec);
     ORCD_TRY_GOTO(st, done, open_device(e, p, &spec, &pl, err));
     e->max_rows = pl.max_rows;
+    ORCD_TRY_GOTO(st, done, arch_measure(e->arch, e->file, &e->cfg, &size, err));
+    double t1 = eng_now();
     ORCD_TRY_GOTO(st, done,
                   arch_load(e->arch, e->file, &e->cfg, e->dev, pl.max_rows, max_batch, p->progress, p->progress_ctx,
                             &e->model, err));
+    e->info.load_gb_s = 1e-9 * (double)size.weight_bytes / (eng_now() - t1);
     ORCD_TRY_GOTO(st, done, eng_check_file(e, err));
     e->reads_file = p->backend.no_repack || strcmp(e->dev->ops->name, "ref") == 0;
     file_shrunk_reads_zeros(e->reads_file);
     ORCD_TRY_GOTO(st, done, kv_store_open(e->dev, &spec, &e->kv, err));
+    if (e->dev->ops->resident)
+        ORCD_TRY_GOTO(st, done, e->dev->ops->resident(e->dev, err));
     uint64_t idle = p->cache_bytes && p->cache_bytes != ENG_NO_CACHE ? p->cache_bytes : UINT64_MAX;
     if (pl.n_entry > 0 && pl.n_page[BE_POOL_FULL] > 0)
         ORCD_TRY_GOTO(st, done, prefix_open(&e->kv, idle, pl.n_entry, &e->cache, err));

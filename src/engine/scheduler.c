@@ -21,6 +21,7 @@
 #define SLOWDOWN 4         /* a step with prefill may take this many times a pure decode step */
 #define MIN_SLICE 16       /* prefill rows that are always worth a step */
 #define GROWTH 512         /* tokens that an answer of unknown length is expected to grow by */
+#define RESIDENT_S 60.0    /* how often the device is asked where the model's memory lies */
 #define SMOOTH 0.2         /* weight of the newest step in the running means */
 
 static void set_int(atomic_int *v, int n) { atomic_store_explicit(v, n, memory_order_relaxed); }
@@ -488,6 +489,13 @@ static void step(eng *e) {
     }
 }
 
+static void check_resident(eng *e, double now) {
+    if (!e->dev->ops->resident || now < e->resident_at)
+        return;
+    e->resident_at = now + RESIDENT_S;
+    atomic_store_explicit(&e->n.astray, e->dev->ops->resident(e->dev, NULL) != ORCD_OK, memory_order_relaxed);
+}
+
 /* Sleep while there is nothing to do. */
 static void wait_for_work(eng *e, bool *closing, bool *poked) {
     bool saving = false;
@@ -498,9 +506,10 @@ static void wait_for_work(eng *e, bool *closing, bool *poked) {
         until.tv_nsec += saving ? 0 : (long)(IDLE_BEAT_S * 1e9);
         until.tv_sec += until.tv_nsec / 1000000000;
         until.tv_nsec %= 1000000000;
-        if (pthread_cond_timedwait(&e->wake, &e->lock, &until) == ETIMEDOUT && e->disk) {
+        if (pthread_cond_timedwait(&e->wake, &e->lock, &until) == ETIMEDOUT) {
             pthread_mutex_unlock(&e->lock);
-            saving = disk_save(e->disk, eng_now() + IDLE_SAVE_S);
+            saving = e->disk && disk_save(e->disk, eng_now() + IDLE_SAVE_S);
+            check_resident(e, eng_now());
             pthread_mutex_lock(&e->lock);
         }
         beat(e, eng_now());
@@ -522,6 +531,7 @@ void *eng_loop(void *engine) {
         beat(e, now);
         e->may_admit |= poked;
         sweep(e, now, closing, poked);
+        check_resident(e, now);
         if (!closing && !atomic_load_explicit(&e->n.failed, memory_order_relaxed))
             admit(e);
         if (e->n_running == 0)

@@ -79,6 +79,7 @@ void eng_get_stats(const eng *e, eng_stats *out) {
                        .step_s = (double)get(&n->step_ns) * 1e-9,
                        .forward_s = (double)get(&n->forward_ns) * 1e-9,
                        .callback_s = (double)get(&n->callback_ns) * 1e-9,
+                       .resident = !atomic_load_explicit(&n->astray, memory_order_relaxed),
                        .failed = atomic_load_explicit(&n->failed, memory_order_relaxed)};
     for (int i = 0; i <= ENG_STOP_ERROR; i++)
         out->n_by_stop[i] = get(&n->by_stop[i]);

@@ -17,7 +17,7 @@ void api_health(http_exchange *x, void *ctx) {
     server *s = ctx;
     eng_stats e;
     eng_get_stats(s->engine, &e);
-    bool healthy = !e.failed && e.heartbeat_age_s < STUCK_S;
+    bool healthy = !e.failed && e.resident && e.heartbeat_age_s < STUCK_S;
     const char *state = e.failed                     ? "failed"
                         : atomic_load(&s->draining)  ? "draining"
                         : e.n_running || e.n_waiting ? "busy"
@@ -25,7 +25,7 @@ void api_health(http_exchange *x, void *ctx) {
     json_t *o =
         json_pack("{s:s, s:s, s:s?, s:s, s:s, s:b, s:s, s:I, s:s?, s:i, s:i, s:f, s:s, s:i, s:i, s:i}", "status",
                   healthy ? "healthy" : "unhealthy", "state", state, "worker_id", s->p.worker_id, "model",
-                  s->p.model_id, "architecture", s->info->arch, "resident", 1, "quant_kind", s->info->quant,
+                  s->p.model_id, "architecture", s->info->arch, "resident", e.resident, "quant_kind", s->info->quant,
                   "vram_bytes_used", (json_int_t)vram(s), "tokenizer_kind",
                   !s->tok                              ? NULL
                   : tok_kind_of(s->tok) == TOK_HF_JSON ? "hf-json"

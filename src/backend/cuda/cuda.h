@@ -230,8 +230,6 @@ struct cuda_dev {
     uint8_t *load_host[2], *load_dev[2];
     cudaEvent_t load_done[2];
     int *flag; /* device: pack kernels report here */
-    uint64_t load_bytes_done;
-    double load_seconds;
 
     cuda_arrays arr;
     int max_tok, max_out;

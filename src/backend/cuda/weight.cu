@@ -11,17 +11,10 @@
 #include <new>
 #include <string.h>
 #include <math.h>
-#include <time.h>
 #include <unistd.h>
 
 #define LOAD_CHUNK ((size_t)32 << 20)
 #define DENSE_LIMIT 1024 /* LINEAR of at most so many rows: may be a router, keep its floats too */
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 /* ---- plan ---- */
 
@@ -239,7 +232,6 @@ static orcd_status stream_rows(cuda_dev *d, const mf_tensor *t, bool to_float, p
         return orcd_fail(err, ORCD_ERR_LIMIT, "\"%s\" has rows of %zu bytes; at most %zu fit the upload buffer",
                          t->name, bytes, LOAD_CHUNK / 2);
     int slot = 0;
-    double t0 = now();
     for (uint64_t mat = 0; mat < t->n_mat; mat++)
         for (uint64_t row = 0; row < t->n_row; row += per, slot ^= 1) {
             fetch f = {t, mat, row, t->n_row - row < per ? t->n_row - row : per, d->load_host[slot], to_float, NULL};
@@ -250,10 +242,8 @@ static orcd_status stream_rows(cuda_dev *d, const mf_tensor *t, bool to_float, p
                      cudaMemcpyAsync(d->load_dev[slot], f.dst, f.n * bytes, cudaMemcpyHostToDevice, d->copy));
             CUDA_TRY(d, "packing weights", place(d, ctx, d->load_dev[slot], mat, row, f.n, d->copy));
             CUDA_TRY(d, "packing weights", cudaEventRecord(d->load_done[slot], d->copy));
-            d->load_bytes_done += f.n * bytes;
         }
     mf_release(t);
-    d->load_seconds += now() - t0;
     return ORCD_OK;
 }
 
