@@ -23,7 +23,8 @@ typedef struct job {
     eng_result result;
     int32_t out[1024];
     bool forced[1024];
-    int n_out, n_done, n_prefill_calls;
+    int n_out, n_done, n_prefill_calls, n_scored;
+    float score[400]; /* log-probabilities of the prompt */
     float logprob, top_sum;
     pthread_mutex_t lock;
     pthread_cond_t cond;
@@ -77,6 +78,14 @@ static inline void on_prefill(void *ctx, int32_t done, int32_t total) {
     job *j = ctx;
     assert_true(done <= total);
     j->n_prefill_calls++;
+}
+
+static inline void on_prompt(void *ctx, const eng_token *t) {
+    job *j = ctx;
+    assert_int_equal(t->index, j->n_scored);
+    assert_int_equal(t->id, j->r.prompt[t->index]);
+    assert_int_equal(t->n_top, t->index ? j->r.top_logprobs : 0);
+    j->score[j->n_scored++] = t->logprob;
 }
 
 static inline const uint32_t *mask(void *ctx) { return ((job *)ctx)->mask; }
@@ -253,6 +262,23 @@ static inline void check_growth(eng *e, job *const want[N_OPEN]) {
     assert_true(most >= 2);
     assert_true(s.n_preempted > 0);
     assert_int_equal(s.n_requests, N_OPEN);
+}
+
+/* A long prompt whose tokens are to be scored. */
+static inline job *scored(int i, int32_t prompt[400]) {
+    job *j = mixed_job(i, prompt);
+    j->r.n_prompt = 300;
+    j->r.top_logprobs = 2;
+    j->r.on_prompt = on_prompt;
+    return j;
+}
+
+static inline void assert_same_scores(const job *a, const job *b) {
+    assert_int_equal(a->n_scored, 300);
+    assert_int_equal(b->n_scored, 300);
+    assert_true(isnan(a->score[0]) && isnan(b->score[0]));
+    assert_memory_equal(a->score + 1, b->score + 1, 299 * sizeof *a->score);
+    assert_same(a, b);
 }
 
 /* What each gives alone, computed once and kept. */

@@ -157,6 +157,37 @@ static void ahead__cancels_and_follow_ups(void **state) {
     eng_close(plain);
 }
 
+/* Also with room for one row at a time, and beside others that give way or make way. */
+static void ahead__prompts_are_scored_as_on_the_host(void **state) {
+    (void)state;
+    static int32_t prompt[4][400], text[N_OPEN][400];
+    job *want[4], *j[4], *open[N_OPEN];
+    eng *plain = open_mini(1, ENG_NO_CACHE), *e = open_sampling_device(6);
+    for (int i = 0; i < 4; i++) {
+        want[i] = wait_for(submit(plain, scored(i, prompt[i])));
+        j[i] = submit(e, scored(i, prompt[i]));
+    }
+    for (int i = 0; i < 4; i++) {
+        assert_same_scores(wait_for(j[i]), want[i]);
+        free_job(j[i]);
+    }
+    close_sampling_device(e);
+    eng_close(plain);
+    e = sampling_device(open_engine(scarce(0)));
+    for (int i = 0; i < N_OPEN; i++)
+        open[i] = submit(e, open_ended(i, text[i]));
+    for (int i = 0; i < 4; i++)
+        j[i] = submit(e, scored(i, prompt[i]));
+    for (int i = 0; i < N_OPEN; i++)
+        free_job(wait_for(open[i]));
+    for (int i = 0; i < 4; i++) {
+        assert_same_scores(wait_for(j[i]), want[i]);
+        free_job(j[i]);
+        free_job(want[i]);
+    }
+    close_sampling_device(e);
+}
+
 static void ahead__a_bad_logit_or_step_ends_its_request(void **state) {
     (void)state;
     int32_t prompt[5] = {5, 6, 7, 8, 9};
@@ -196,6 +227,7 @@ int main(void) {
         cmocka_unit_test(ahead__equals_one_step_at_a_time),
         cmocka_unit_test(ahead__cancels_and_follow_ups),
         cmocka_unit_test(ahead__those_who_give_way_go_on_as_if_alone),
+        cmocka_unit_test(ahead__prompts_are_scored_as_on_the_host),
         cmocka_unit_test(ahead__a_bad_logit_or_step_ends_its_request),
     };
     device = be_find("cpu") ? "cpu" : "ref";

@@ -160,6 +160,10 @@ typedef struct eng_request {
     const uint32_t *(*mask)(void *ctx);
     /* Prefill progress: tokens of the prompt done (cached ones included). May be NULL. */
     void (*on_prefill)(void *ctx, int32_t done, int32_t total);
+    /* Every token of the prompt in order, with its log-probability after those before it (NAN for the first) and the
+     * top_logprobs best; needs top_logprobs >= 0. The prompt is computed a few rows at a time then, without the prefix
+     * cache. NULL = not asked. */
+    void (*on_prompt)(void *ctx, const eng_token *t);
     /* Exactly once, last, for every request that eng_submit accepted. */
     void (*on_done)(void *ctx, const eng_result *r);
     void *ctx;

@@ -20,7 +20,8 @@ typedef struct seq seq;
 /* A step whose tokens the device samples and the host has not read yet. */
 typedef struct flight {
     int n_out;
-    seq **seq; /* [max_batch]: of each output row; NULL = the token is of no use any more */
+    seq **seq;      /* [max_batch]: of each output row; NULL = the token is of no use any more */
+    int32_t *score; /* [max_batch]: 0, or the prompt's position whose log-probability the row gives, and no token */
     be_act *logits;
     int n_decode, n_prefill;
     double t_submit;
@@ -39,7 +40,8 @@ struct seq {
     int32_t n_told;  /* of them reported through on_token, prompt included */
     int32_t n_fed;   /* of them in the KV memory */
     int32_t n_cached;
-    int32_t n_said; /* of the prompt reported through on_prefill, -1 = it never ran */
+    int32_t n_scored; /* of the prompt told through on_prompt */
+    int32_t n_said;   /* of the prompt reported through on_prefill, -1 = it never ran */
 
     int slot;
     int rows;             /* of the step in hand */
@@ -131,6 +133,10 @@ void seq_prefilled(eng *e, seq *s);
 bool seq_draws_on_host(const seq *s);
 /* Draw the next token from the last row's logits. */
 orcd_status seq_draw(eng *e, const seq *s, const float *logits, int32_t *id, orcd_error *err) ORCD_MUST_USE;
+/* Tokens of the prompt that on_prompt still waits for. */
+static inline bool seq_scores(const seq *s) { return s->r.on_prompt && s->n_scored < (int32_t)s->r.n_prompt; }
+/* The logits that predict position `at` of the prompt. */
+void seq_score(eng *e, seq *s, int32_t at, const float *logits);
 /* The next token is known (logits: for log-probabilities, else NULL): report it, stop or go on. True when the sequence
  * goes on; else *why is set. */
 bool seq_take(eng *e, seq *s, int32_t id, const float *logits, eng_stop *why);

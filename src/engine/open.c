@@ -117,6 +117,8 @@ static orcd_status make_tables(eng *e, int max_batch, int max_queue, orcd_error 
     e->order = calloc(n, sizeof *e->order);
     e->flight[0].seq = calloc(n, sizeof(seq *));
     e->flight[1].seq = calloc(n, sizeof(seq *));
+    e->flight[0].score = calloc(n, sizeof(int32_t));
+    e->flight[1].score = calloc(n, sizeof(int32_t));
     e->sample = calloc(n, sizeof *e->sample);
     e->sampled = calloc(n, sizeof *e->sampled);
     e->row_token = calloc(rows, sizeof *e->row_token);
@@ -124,8 +126,9 @@ static orcd_status make_tables(eng *e, int max_batch, int max_queue, orcd_error 
     e->row_slot = calloc(rows, sizeof *e->row_slot);
     e->out_row = calloc(n, sizeof *e->out_row);
     e->logits = calloc((size_t)e->cfg.n_vocab, sizeof *e->logits);
-    if (!e->queue || !e->slot || !e->order || !e->flight[0].seq || !e->flight[1].seq || !e->sample || !e->sampled ||
-        !e->row_token || !e->row_pos || !e->row_slot || !e->out_row || !e->logits)
+    if (!e->queue || !e->slot || !e->order || !e->flight[0].seq || !e->flight[1].seq || !e->flight[0].score ||
+        !e->flight[1].score || !e->sample || !e->sampled || !e->row_token || !e->row_pos || !e->row_slot ||
+        !e->out_row || !e->logits)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the tables of %d sequences", max_batch);
     return samp_open(e->cfg.n_vocab, &e->samp, err);
 }
@@ -283,6 +286,8 @@ void eng_close(eng *e) {
     free(e->order);
     free(e->flight[0].seq);
     free(e->flight[1].seq);
+    free(e->flight[0].score);
+    free(e->flight[1].score);
     free(e->sample);
     free(e->sampled);
     free(e->row_token);

@@ -48,6 +48,8 @@ static void start(eng *e, seq *s, int slot) {
     while (s->next_boundary < s->r.n_boundary && s->r.boundary[s->next_boundary] <= (size_t)s->n_fed)
         s->next_boundary++;
     seq_prefilled(e, s);
+    if (s->r.on_prompt)
+        seq_score(e, s, 0, NULL);
 }
 
 /* Whatever an open step still samples for s is of no use. */
@@ -134,7 +136,7 @@ static bool soon_cached(const eng *e, const seq *s, int32_t n_pos) {
 /* Give s the free slot, with the longest prefix that the cache has. False: not now. */
 static bool place(eng *e, seq *s, int slot) {
     s->slot = slot;
-    if (!e->cache)
+    if (!e->cache || seq_scores(s))
         return fits(e, s);
     bool fresh = s->n_said < 0;
     prefix_hit hit = prefix_find(e->cache, s->token, s->n_tok, s->r.cache_salt);
@@ -252,6 +254,7 @@ static void share_out(eng *e) {
         n_prefill += !decodes;
     }
     int rows = n_prefill ? prefill_rows(e, n_decode) : 0;
+    int spare = e->info.max_batch - e->n_running; /* output rows beyond one for each */
     e->turn = n_prefill ? e->turn + 1 : 0;
     for (int k = 0; k < e->n_running && rows > 0; k++) { /* equal shares; what one leaves, the next ones get */
         seq *s = e->order[(k + e->turn) % e->n_running];
@@ -261,6 +264,10 @@ static void share_out(eng *e) {
         even = even < MIN_SLICE ? MIN_SLICE : even;
         even = even < rows ? even : rows;
         s->rows = even < seq_pending(s) ? even : seq_pending(s);
+        if (seq_scores(s) && s->rows > 1 + spare)
+            s->rows = 1 + spare;
+        if (seq_scores(s))
+            spare -= s->rows - 1;
         rows -= s->rows;
     }
 }
@@ -275,6 +282,27 @@ static void make_room(eng *e) {
         if (need <= kv_available(&e->kv, BE_POOL_FULL) || e->n_running < 2)
             return;
         preempt(e, e->order[e->n_running - 1]);
+    }
+}
+
+/* Which of the rows just laid out for s have an output: the last one, when the next token follows it, and those that
+ * score the prompt. */
+static void lay_out_outputs(eng *e, seq *s, be_batch *b, flight *f) {
+    const samp_params *p = &s->r.sampling;
+    for (int k = seq_scores(s) ? 0 : s->rows - 1; k < s->rows; k++) {
+        int32_t next = s->n_fed + k + 1;
+        bool scores = seq_scores(s) && next < (int32_t)s->r.n_prompt;
+        if (!scores && (k < s->rows - 1 || s->rows < seq_pending(s)))
+            continue;
+        e->sample[b->n_out] = (be_sample){.temperature = scores ? 0 : p->temperature,
+                                          .top_p = p->top_p,
+                                          .min_p = p->min_p,
+                                          .top_k = p->top_k,
+                                          .seed = p->seed,
+                                          .draw = (uint64_t)next - s->r.n_prompt};
+        f->seq[b->n_out] = s;
+        f->score[b->n_out] = scores ? next : 0;
+        e->out_row[b->n_out++] = b->n_tok - s->rows + k;
     }
 }
 
@@ -298,17 +326,8 @@ static void lay_out(eng *e, be_batch *b, flight *f) {
             e->row_pos[b->n_tok] = at;
             e->row_slot[b->n_tok] = s->slot;
         }
-        if (s->rows && s->rows == seq_pending(s)) {
-            const samp_params *p = &s->r.sampling;
-            e->sample[b->n_out] = (be_sample){.temperature = p->temperature,
-                                              .top_p = p->top_p,
-                                              .min_p = p->min_p,
-                                              .top_k = p->top_k,
-                                              .seed = p->seed,
-                                              .draw = (uint64_t)(s->n_fed + s->rows) - s->r.n_prompt};
-            f->seq[b->n_out] = s;
-            e->out_row[b->n_out++] = b->n_tok - 1;
-        }
+        if (s->rows)
+            lay_out_outputs(e, s, b, f);
     }
     f->n_out = b->n_out;
 }
@@ -412,6 +431,15 @@ static bool next_token(eng *e, seq *s, const be_act *act, int k, const int32_t *
     return seq_take(e, s, drawn, logits, why);
 }
 
+/* Tell the log-probability that output row k has; false: s ends. */
+static bool score(eng *e, seq *s, const flight *f, int k, orcd_error *err) {
+    const float *logits;
+    if (logits_row(e, f->logits, k, &logits, err) != ORCD_OK)
+        return false;
+    seq_score(e, s, f->score[k], logits);
+    return true;
+}
+
 /* Hand out the tokens of a step that is done; id as the device sampled them, or NULL. */
 static void hand_out(eng *e, flight *f, const int32_t *id) {
     measure(e, f);
@@ -421,10 +449,14 @@ static void hand_out(eng *e, flight *f, const int32_t *id) {
         orcd_error err;
         if (!s)
             continue;
+        if (f->score[k] && score(e, s, f, k, &err)) /* another row may have the next token */
+            continue;
         if (s->awaits == f)
             s->awaits = NULL;
         f->seq[k] = NULL;
-        if (!next_token(e, s, f->logits, k, id ? id + k : NULL, &why, &err))
+        if (f->score[k])
+            finish(e, s, ENG_STOP_ERROR, &err);
+        else if (!next_token(e, s, f->logits, k, id ? id + k : NULL, &why, &err))
             finish(e, s, why, &err);
         else if (s->turned)
             forget_awaited(e, s); /* it goes on differently */
@@ -475,6 +507,8 @@ static void step(eng *e) {
         if (e->order[i]->rows)
             advance(e, e->order[i]);
     for (int k = 0; k < b.n_out; k++) {
+        if (f->score[k])
+            continue;
         f->seq[k]->awaits = f;
         f->seq[k]->awaited = k;
     }

@@ -55,6 +55,8 @@ static orcd_status check(const eng *e, const eng_request *r, orcd_error *err) {
     if (r->top_logprobs < -1 || r->top_logprobs > MAX_TOP_LOGPROBS)
         return orcd_fail(err, ORCD_ERR_ARG, "top_logprobs is %d; expected -1 (none) to %d", r->top_logprobs,
                          MAX_TOP_LOGPROBS);
+    if (r->on_prompt && r->top_logprobs < 0)
+        return orcd_fail(err, ORCD_ERR_ARG, "log-probabilities of the prompt need top_logprobs");
     return check_range("the deadline in seconds", r->deadline_s, 0, 1e9, err);
 }
 
@@ -248,17 +250,34 @@ orcd_status seq_draw(eng *e, const seq *s, const float *logits, int32_t *id, orc
     return samp_draw(e->samp, &in, id, err);
 }
 
-bool seq_take(eng *e, seq *s, int32_t id, const float *logits, eng_stop *why) {
+static void look_up(const eng *e, const seq *s, int32_t id, const float *logits, eng_token *t, eng_logprob *best) {
     float top[MAX_TOP_LOGPROBS];
     int32_t top_id[MAX_TOP_LOGPROBS];
+    t->top = best;
+    t->n_top = s->r.top_logprobs < e->cfg.n_vocab ? s->r.top_logprobs : e->cfg.n_vocab;
+    samp_logprobs(logits, e->cfg.n_vocab, id, &t->logprob, t->n_top, top_id, top);
+    for (int i = 0; i < t->n_top; i++)
+        best[i] = (eng_logprob){top_id[i], top[i]};
+}
+
+void seq_score(eng *e, seq *s, int32_t at, const float *logits) {
+    eng_logprob best[MAX_TOP_LOGPROBS];
+    eng_token t = {.id = s->token[at], .index = at, .logprob = NAN, .top = best};
+    if (at != s->n_scored) /* told before it gave way to others */
+        return;
+    if (logits)
+        look_up(e, s, t.id, logits, &t, best);
+    s->n_scored++;
+    double t0 = eng_now();
+    s->r.on_prompt(s->r.ctx, &t);
+    e->in_callbacks += eng_now() - t0;
+}
+
+bool seq_take(eng *e, seq *s, int32_t id, const float *logits, eng_stop *why) {
     eng_logprob best[MAX_TOP_LOGPROBS];
     eng_token t = {.top = best};
-    if (s->r.top_logprobs >= 0 && logits) {
-        t.n_top = s->r.top_logprobs < e->cfg.n_vocab ? s->r.top_logprobs : e->cfg.n_vocab;
-        samp_logprobs(logits, e->cfg.n_vocab, id, &t.logprob, t.n_top, top_id, top);
-        for (int i = 0; i < t.n_top; i++)
-            best[i] = (eng_logprob){top_id[i], top[i]};
-    }
+    if (s->r.top_logprobs >= 0 && logits)
+        look_up(e, s, id, logits, &t, best);
     s->t_last = eng_now();
     if (s->t_first <= 0)
         s->t_first = s->t_last;

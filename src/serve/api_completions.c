@@ -1,4 +1,5 @@
 /* OpenAI's legacy completions: raw text in, raw text out; every model can. */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -9,11 +10,13 @@ enum { MAX_PROMPTS = 64, MAX_CHOICES = 128, DEFAULT_TOKENS = 16 };
 typedef struct completion {
     req_options o;
     bool echo, has_logprobs;
+    bool only_prompt; /* max_tokens 0: the one token that the engine makes is not told */
     int64_t logprobs, best_of;
     const char *suffix;
     ids prompt[MAX_PROMPTS];
     buf echoed[MAX_PROMPTS]; /* the prompts as text */
     int n_prompt;
+    double score[MAX_CHOICES]; /* sum of log-probabilities, for best_of */
 } completion;
 
 static const field table[] = {
@@ -79,19 +82,27 @@ static bool read_prompts(const job *j, completion *q, req_error *err) {
 
 static bool read_request(const job *j, completion *q, req_error *err) {
     q->o.max_tokens = DEFAULT_TOKENS;
-    q->best_of = 1;
+    const json_t *most = json_object_get(j->body, "max_tokens"), *echo = json_object_get(j->body, "echo");
+    q->only_prompt = json_is_true(echo) && json_is_integer(most) && json_integer_value(most) == 0;
+    if (q->only_prompt)
+        json_object_set_new(j->body, "max_tokens", json_integer(1));
     if (!req_read_options(j->body, j->s->info->n_vocab, &q->o, err) || !req_fields(j->body, table, q, err))
         return false;
-    if (q->best_of > q->o.n)
-        return req_fail(err, 400, "unsupported_parameter", "best_of", "best_of beyond n is not supported");
+    if (q->best_of && q->best_of < q->o.n)
+        return req_fail(err, 400, "invalid_value", "best_of", "best_of is %lld and n %lld; it must be at least n",
+                        (long long)q->best_of, (long long)q->o.n);
+    q->best_of = q->best_of ? q->best_of : q->o.n;
+    if (q->best_of > q->o.n && q->o.stream)
+        return req_fail(err, 400, "invalid_value", "best_of",
+                        "which answers are the best is known at the end only: "
+                        "best_of beyond n cannot be streamed");
     if (q->suffix && *q->suffix)
         return req_fail(err, 400, "unsupported_parameter", "suffix", "suffix is not supported");
-    if (q->echo && q->has_logprobs)
-        return req_fail(err, 400, "unsupported_parameter", "logprobs", "logprobs together with echo is not supported");
     if (!read_prompts(j, q, err))
         return false;
-    return q->n_prompt * q->o.n <= MAX_CHOICES ||
-           req_fail(err, 400, "invalid_value", "n", "n times the prompts may be at most %d", MAX_CHOICES);
+    return q->n_prompt * q->best_of <= MAX_CHOICES ||
+           req_fail(err, 400, "invalid_value", q->best_of > q->o.n ? "best_of" : "n",
+                    "n or best_of times the prompts may be at most %d", MAX_CHOICES);
 }
 
 static void make_echoes(const job *j, completion *q) {
@@ -122,23 +133,28 @@ static void begin(job *j) {
     make_echoes(j, q);
     job_make_id(j->id, sizeof j->id, "cmpl-");
     j->stream = q->o.stream;
-    job_plan plan = {.gen = {.request = {.top_logprobs = q->has_logprobs ? (int)q->logprobs : -1},
-                             .stop = q->o.stop,
-                             .n_stop = q->o.n_stop},
+    int top = q->has_logprobs ? (int)q->logprobs : q->best_of > q->o.n ? 0 : -1;
+    job_plan plan = {.gen = {.request = {.top_logprobs = top}, .stop = q->o.stop, .n_stop = q->o.n_stop},
                      .prompt = q->prompt,
                      .n_prompt = q->n_prompt,
-                     .n = (int)q->o.n};
+                     .n = (int)q->best_of,
+                     .score_prompt = q->echo && q->has_logprobs};
     req_apply(&q->o, j->s->info->n_vocab, &plan.gen.request);
     job_start(j, &plan);
 }
 
 /* ---- writing ---- */
 
-/* [text, logprob, {text: logprob, ...}] */
+/* [text, logprob, {text: logprob, ...}]; both null for the first of a prompt */
 static json_t *logprob(choice *c, const eng_token *t) {
-    const completion *q = c->job->data;
-    if (!q->has_logprobs)
+    completion *q = c->job->data;
+    bool first = isnan(t->logprob), of_prompt = c->n_token == 0;
+    if (!of_prompt)
+        q->score[c->index] += t->logprob;
+    if (!q->has_logprobs || (q->only_prompt && !of_prompt))
         return NULL;
+    if (first)
+        return json_pack("[o, n, n]", openai_token_text(c->job, t->id, true));
     json_t *top = json_object();
     for (int i = 0; i < t->n_top; i++) {
         json_t *key = openai_token_text(c->job, t->top[i].id, true);
@@ -178,20 +194,50 @@ static void send_text(choice *c, const char *text, size_t len, const char *finis
     job_send_json(c->job, NULL, openai_envelope(c->job, "text_completion", choice_json(c, text, len, finish)));
 }
 
-static void event(choice *c, const gen_event *e) {
-    completion *q = c->job->data;
-    if (e->kind != GEN_CONTENT)
-        return;
+static void send_echo(choice *c) {
+    const completion *q = c->job->data;
     const buf *echoed = &q->echoed[c->index / c->job->per_prompt];
     if (!c->began && echoed->len)
         send_text(c, echoed->data, echoed->len, NULL);
     c->began = true;
-    send_text(c, e->text, e->len, NULL);
+}
+
+static void event(choice *c, const gen_event *e) {
+    const completion *q = c->job->data;
+    if (e->kind != GEN_CONTENT)
+        return;
+    send_echo(c);
+    if (!q->only_prompt)
+        send_text(c, e->text, e->len, NULL);
+}
+
+static const char *finish_reason(const choice *c) {
+    const completion *q = c->job->data;
+    return q->only_prompt ? "length" : openai_finish(c);
 }
 
 static void ended(choice *c) {
-    if (!openai_stream_failure(c))
-        send_text(c, "", 0, openai_finish(c));
+    completion *q = c->job->data;
+    if (openai_stream_failure(c))
+        return;
+    if (q->only_prompt)
+        c->result.n_new = 0;
+    send_echo(c);
+    send_text(c, "", 0, finish_reason(c));
+}
+
+/* The answers with the highest log-probability per token first; equal ones in their order. */
+static void rank(const job *j, int first, int order[MAX_N]) {
+    const completion *q = j->data;
+    double mean[MAX_N];
+    for (int i = 0; i < j->per_prompt; i++) {
+        const choice *c = &j->choice[first + i];
+        int at = i;
+        mean[i] = q->score[first + i] / (double)(c->n_token > 0 ? c->n_token : 1);
+        for (; at > 0 && q->best_of > q->o.n && mean[i] > mean[order[at - 1] - first]; at--)
+            order[at] = order[at - 1];
+        order[at] = first + i;
+    }
 }
 
 static void finish(job *j) {
@@ -203,13 +249,18 @@ static void finish(job *j) {
     if (openai_failure(j))
         return;
     json_t *o = openai_envelope(j, "text_completion", NULL), *list = json_object_get(o, "choices");
-    for (int i = 0; i < j->n_choice; i++) {
-        choice *c = &j->choice[i];
-        const buf *echoed = &q->echoed[i / j->per_prompt];
+    for (int i = 0; i < q->n_prompt * (int)q->o.n; i++) {
+        int order[MAX_N], prompt = i / (int)q->o.n;
+        rank(j, prompt * j->per_prompt, order);
+        choice *c = &j->choice[order[i % q->o.n]];
         buf text = {0};
-        buf_add(&text, echoed->data, echoed->len);
-        buf_add(&text, c->content.data, c->content.len);
-        json_array_append_new(list, choice_json(c, text.data, text.len, openai_finish(c)));
+        c->index = i;
+        buf_add(&text, q->echoed[prompt].data, q->echoed[prompt].len);
+        if (q->only_prompt)
+            c->result.n_new = 0;
+        else
+            buf_add(&text, c->content.data, c->content.len);
+        json_array_append_new(list, choice_json(c, text.data, text.len, finish_reason(c)));
         buf_free(&text);
     }
     json_object_set_new(o, "usage", openai_usage(j));

@@ -216,6 +216,11 @@ static void on_prefill(void *ctx, int32_t done, int32_t total) {
     g->p.on_running = NULL;
 }
 
+static void on_prompt(void *ctx, const eng_token *t) {
+    gen *g = ctx;
+    g->p.on_prompt(g->p.ctx, t);
+}
+
 static gen_finish finish_of(const gen *g, const eng_result *r) {
     if (g->client_gone)
         return GEN_FINISH_CANCELLED;
@@ -292,6 +297,7 @@ orcd_status gen_start(eng *e, const gen_params *p, gen **out, orcd_error *err) {
     eng_request r = p->request;
     r.on_token = on_token;
     r.on_prefill = on_prefill;
+    r.on_prompt = p->on_prompt ? on_prompt : NULL;
     r.on_done = on_done;
     r.ctx = g;
     r.mask = g->mask ? next_mask : NULL;

@@ -61,6 +61,8 @@ typedef struct gen_params {
     bool (*on_event)(void *ctx, const gen_event *e);
     /* From the engine thread, before the first event: it has a place in the batch. May be NULL. */
     void (*on_running)(void *ctx, int32_t n_cached, int32_t n_prompt);
+    /* From the engine thread: see eng_request. NULL = not asked. */
+    void (*on_prompt)(void *ctx, const eng_token *t);
     /* Once, last. The gen is freed right after it. */
     void (*on_done)(void *ctx, const gen_done *d);
     void *ctx;

@@ -222,6 +222,16 @@ bool job_send_json_seed(job *j, const char *event, json_t *o, uint64_t seed) {
     return send_json(j, event, o, member);
 }
 
+static void add_logprob(choice *c, const eng_token *t) {
+    json_t *entry = c->job->d->logprob(c, t);
+    if (entry && !c->logprob)
+        c->logprob = json_array();
+    if (entry)
+        json_array_append_new(c->logprob, entry);
+}
+
+static void on_prompt(void *ctx, const eng_token *t) { add_logprob(ctx, t); }
+
 static void take_token(choice *c, const gen_event *e) {
     job *j = c->job;
     metrics *m = &j->s->metrics;
@@ -234,13 +244,8 @@ static void take_token(choice *c, const gen_event *e) {
     }
     c->t_last = t;
     c->n_token++;
-    if (!e->answer || !j->d->logprob)
-        return;
-    json_t *entry = j->d->logprob(c, e->token);
-    if (entry && !c->logprob)
-        c->logprob = json_array();
-    if (entry)
-        json_array_append_new(c->logprob, entry);
+    if (e->answer && j->d->logprob)
+        add_logprob(c, e->token);
 }
 
 static void take_call(choice *c, const gen_event *e) {
@@ -352,6 +357,7 @@ static orcd_status start_choice(job *j, const job_plan *p, int i, orcd_error *er
     g.request.cache_salt = http_key_hash(j->x);
     g.on_event = on_event;
     g.on_running = on_running;
+    g.on_prompt = p->score_prompt ? on_prompt : NULL;
     g.on_done = on_done;
     g.ctx = c;
     ORCD_TRY(gen_start(j->s->engine, &g, &c->gen, err));

@@ -52,7 +52,8 @@ typedef struct dialect {
     void (*ended)(choice *c);
     /* Desk thread: all choices have ended. Reply, or send the closing events (the stream is ended for it). */
     void (*finish)(job *j);
-    /* The JSON of one token's log-probabilities; NULL = none. Engine thread. */
+    /* The JSON of one token's log-probabilities; NULL = none. Engine thread. With job_plan.score_prompt those of the
+     * prompt come first; the first has a NAN. */
     json_t *(*logprob)(choice *c, const eng_token *t);
     /* Free what hangs at j->data; may be NULL. */
     void (*free)(job *j);
@@ -100,6 +101,7 @@ typedef struct job_plan { /* n_prompt * n choices, prompt-major */
     gen_params gen;       /* its prompt, callbacks and seed are set per choice */
     const ids *prompt;    /* [n_prompt] */
     int n_prompt, n;
+    bool score_prompt;
 } job_plan;
 /* Submit every choice, or refuse. A seed given counts up over the n choices of a prompt. */
 void job_start(job *j, const job_plan *p);

@@ -4,7 +4,7 @@ import os
 import tempfile
 import unittest
 
-from common import ROOT, Orcd
+from common import ROOT, Orcd, completion_text, in_threads
 
 
 def byte_tokenizer(path):
@@ -143,3 +143,90 @@ class Text(unittest.TestCase):
             self.assertEqual(events[-1], "[DONE]")
             self.assertEqual(events.count("[DONE]"), 1)
             self.assertEqual(sum(1 for d in events[:-1] if d["choices"][0]["finish_reason"]), 1)
+
+
+class Scores(unittest.TestCase):
+    """Log-probabilities of the prompt (what evaluation harnesses ask for) and best_of."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = Orcd("--ctx", "2048", "--max-batch", "6")
+        text = "Once upon a time there was a miller who had three sons and a clever cat. " * 2
+        cls.ids = cls.server.json("/tokenize", {"content": text})[1]["tokens"]
+        cls.text = text
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.server.stop()
+
+    def complete(self, **body):
+        status, answer = self.server.json("/v1/completions", body)
+        self.assertEqual(status, 200, answer)
+        return answer
+
+    def scores(self, **more):
+        return self.complete(prompt=self.ids, max_tokens=0, echo=True, logprobs=5, **more)["choices"][0]
+
+    def test_each_is_what_a_completion_of_what_stands_before_says(self):
+        c = self.scores()
+        lp, n = c["logprobs"], len(self.ids)
+        self.assertEqual((c["text"], c["finish_reason"], "".join(lp["tokens"])), (self.text, "length", self.text))
+        self.assertEqual([len(lp[k]) for k in ("token_logprobs", "top_logprobs", "text_offset")], [n] * 3)
+        self.assertEqual((lp["token_logprobs"][0], lp["top_logprobs"][0]), (None, None))
+        self.assertEqual(lp["text_offset"], [len("".join(lp["tokens"][:i])) for i in range(n)])
+        for k in range(1, n):
+            one = self.complete(prompt=self.ids[:k], max_tokens=1, logprobs=5, temperature=0)["choices"][0]["logprobs"]
+            self.assertEqual(lp["top_logprobs"][k], one["top_logprobs"][0], k)
+            if lp["tokens"][k] in one["top_logprobs"][0]:
+                self.assertEqual(lp["token_logprobs"][k], one["top_logprobs"][0][lp["tokens"][k]])
+
+    def test_usage_and_tokens_after_the_prompt(self):
+        whole = self.complete(prompt=self.ids, max_tokens=0, echo=True, logprobs=1)
+        self.assertEqual((whole["usage"]["prompt_tokens"], whole["usage"]["completion_tokens"]), (len(self.ids), 0))
+        more = self.complete(prompt=self.ids, max_tokens=7, echo=True, logprobs=5, temperature=0, ignore_eos=True)
+        alone = self.complete(prompt=self.ids, max_tokens=7, logprobs=5, temperature=0, ignore_eos=True)
+        a, b = more["choices"][0]["logprobs"], alone["choices"][0]["logprobs"]
+        for k in ("tokens", "token_logprobs", "top_logprobs"):
+            self.assertEqual(a[k][len(self.ids):], b[k])
+        self.assertEqual(more["choices"][0]["text"], self.text + alone["choices"][0]["text"])
+
+    def test_among_others_and_streamed(self):
+        want = self.scores()
+        noise = [lambda i=i: completion_text(self.server, {"prompt": f"A {i}", "max_tokens": 60, "seed": i})
+                 for i in range(8)]
+        got = in_threads([self.scores] * 5 + noise)[:5]
+        self.assertEqual(got, [want] * 5)
+        s = self.server.stream("/v1/completions", {"prompt": self.ids, "max_tokens": 0, "echo": True, "logprobs": 5,
+                                                   "stream": True})
+        events = [d["choices"][0] for _, d in s if d != "[DONE]"]
+        self.assertEqual("".join(e["text"] for e in events), self.text)
+        self.assertEqual([t for e in events if e["logprobs"] for t in e["logprobs"]["token_logprobs"]],
+                         want["logprobs"]["token_logprobs"])
+        self.assertEqual(events[-1]["finish_reason"], "length")
+
+    def test_echo_without_tokens_or_scores(self):
+        self.assertEqual(self.complete(prompt="The old king", max_tokens=0, echo=True)["choices"][0]["text"],
+                         "The old king")
+        self.assertEqual(self.server.json("/v1/completions", {"prompt": "x", "max_tokens": 0})[0], 400)
+        one = self.complete(prompt=self.ids[:1], max_tokens=0, echo=True, logprobs=0)["choices"][0]["logprobs"]
+        self.assertEqual(one["token_logprobs"], [None])
+
+    def test_best_of_gives_the_likeliest(self):
+        args = dict(prompt=["Once upon a time", "The old king"], max_tokens=12, seed=3, temperature=1.5)
+        all_ = self.complete(n=6, logprobs=0, **args)
+        best = self.complete(n=2, best_of=6, **args)
+        self.assertEqual([c["index"] for c in best["choices"]], [0, 1, 2, 3])
+        for p in range(2):
+            group = all_["choices"][6 * p:6 * p + 6]
+            mean = [sum(c["logprobs"]["token_logprobs"]) / len(c["logprobs"]["token_logprobs"]) for c in group]
+            order = sorted(range(6), key=lambda i: -mean[i])
+            self.assertEqual([c["text"] for c in best["choices"][2 * p:2 * p + 2]],
+                             [group[i]["text"] for i in order[:2]])
+            self.assertIsNone(best["choices"][2 * p]["logprobs"])
+        self.assertEqual(best["usage"]["completion_tokens"], all_["usage"]["completion_tokens"])
+
+    def test_best_of_that_cannot_be(self):
+        for more in ({"best_of": 2, "stream": True}, {"best_of": 2, "n": 3}, {"best_of": 17}, {"best_of": 0},
+                     {"best_of": 16, "prompt": ["x"] * 9}):
+            status, body = self.server.json("/v1/completions", {"prompt": "x", "max_tokens": 1, **more})
+            self.assertEqual((status, body["error"]["param"]), (400, "best_of"), more)

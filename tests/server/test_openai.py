@@ -282,6 +282,13 @@ class Completions(unittest.TestCase):
         self.assertTrue(r.choices[0].text.startswith("Once upon a time there"))
         s = client.completions.create(stream=True, **args)
         self.assertEqual("".join(c.choices[0].text for c in s), r.choices[0].text)
+        r = client.completions.create(**dict(args, max_tokens=0, logprobs=1))
+        self.assertEqual("".join(r.choices[0].logprobs.tokens), "Once upon a time")
+        self.assertIsNone(r.choices[0].logprobs.token_logprobs[0])
+
+    def test_best_of(self):
+        r = client.completions.create(model="x", prompt="Once", max_tokens=4, best_of=4, n=2, seed=1)
+        self.assertEqual([c.index for c in r.choices], [0, 1])
 
     def test_logprobs(self):
         r = client.completions.create(model="x", prompt="Once upon a time", max_tokens=8, temperature=0, logprobs=2)
@@ -342,9 +349,7 @@ class Errors(unittest.TestCase):
     def test_unsupported_is_refused_and_never_ignored(self):
         self.bad("response_format", "unsupported_parameter", response_format={"type": "json_object"})
         self.bad("chat_template", "unsupported_parameter", extra_body={"chat_template": "{{x}}"})
-        self.bad("best_of", "unsupported_parameter", prompt="x", best_of=2)
         self.bad("suffix", "unsupported_parameter", prompt="x", suffix="y")
-        self.bad("logprobs", "unsupported_parameter", prompt="x", logprobs=1, echo=True)
         self.assertTrue(chat(response_format={"type": "text"}).choices)
 
     def test_too_long(self):
