@@ -128,7 +128,7 @@ static void plot_kind(const bench_report *r, bool decode, abscissa x, chart *c, 
         if (r->row[i].decode == decode) {
             c->x0 = fmin(c->x0, value_of(&r->row[i], x));
             c->x1 = fmax(c->x1, value_of(&r->row[i], x));
-            c->y1 = fmax(c->y1, r->row[i].median);
+            c->y1 = fmax(c->y1, 1.15 * r->row[i].median); /* room for the legend */
         }
     chart_begin(c, out);
     for (int i = 0; i < r->n_row; i++) {

@@ -57,7 +57,7 @@ static void axis(const chart *c, buf *out, bool is_x) {
     }
     double step = tick_step(hi - lo);
     for (double k = ceil(lo / step - 1e-9); k * step <= hi + step * 1e-9; k++)
-        tick(c, out, is_x, k * step);
+        tick(c, out, is_x, k * step + 0.0); /* + 0.0: no negative zero */
 }
 
 void chart_page(buf *out, int n) {

@@ -20,7 +20,7 @@ struct teacher {
     } run;
 };
 
-static orcd_status open_kv(teacher *t, be_kv_type type, orcd_error *err) {
+static be_kv_spec spec_of(const teacher *t, be_kv_type type) {
     int n_page = (t->n_ctx + BE_PAGE - 1) / BE_PAGE;
     be_kv_spec spec = {.type = type,
                        .n_slot = 1,
@@ -29,9 +29,30 @@ static orcd_status open_kv(teacher *t, be_kv_type type, orcd_error *err) {
                        .max_tok = t->chunk,
                        .max_out = t->chunk};
     arch_kv_spec(&t->cfg, &spec);
-    ORCD_TRY(t->dev->ops->kv_open(t->dev, &spec, &t->kv, err));
+    return spec;
+}
+
+/* Does it fit? Better said now than after loading half of it. */
+static orcd_status check_memory(const teacher *t, const arch *a, const be_kv_spec *spec, orcd_error *err) {
+    const double gib = 0x1p30;
+    arch_memory m;
+    uint64_t total, available;
+    ORCD_TRY(arch_plan(a, t->file, &t->cfg, t->dev, spec, &m, err));
+    t->dev->ops->memory(t->dev, &total, &available);
+    if (m.weights + m.acts + m.kv <= available)
+        return ORCD_OK;
+    return orcd_fail(
+        err, ORCD_ERR_NOMEM,
+        "%s needs %.3f GiB (weights %.3f, activations %.3f, KV %.3f) but %s has %.3f GiB available: ask for "
+        "fewer tokens, or free memory",
+        mf_path(t->file), (double)(m.weights + m.acts + m.kv) / gib, (double)m.weights / gib, (double)m.acts / gib,
+        (double)m.kv / gib, t->dev->ops->name, (double)available / gib);
+}
+
+static orcd_status open_kv(teacher *t, const be_kv_spec *spec, orcd_error *err) {
+    ORCD_TRY(t->dev->ops->kv_open(t->dev, spec, &t->kv, err));
     for (int pool = 0; pool < BE_N_POOLS; pool++)
-        for (int i = 0; i < n_page; i++)
+        for (int i = 0; i < spec->n_page[pool]; i++)
             t->dev->ops->kv_map(t->kv, pool, 0, i, i);
     return ORCD_OK;
 }
@@ -54,10 +75,12 @@ orcd_status teacher_open(const teacher_params *p, teacher **out, orcd_error *err
         goto done;
     }
     ORCD_TRY_GOTO(st, done, be_open(p->backend, &p->device, &t->dev, err));
+    be_kv_spec spec = spec_of(t, p->kv_type);
+    ORCD_TRY_GOTO(st, done, check_memory(t, a, &spec, err));
     ORCD_TRY_GOTO(
         st, done,
         arch_load(a, t->file, &t->cfg, t->dev, t->chunk, t->chunk, p->progress, p->progress_ctx, &t->model, err));
-    ORCD_TRY_GOTO(st, done, open_kv(t, p->kv_type, err));
+    ORCD_TRY_GOTO(st, done, open_kv(t, &spec, err));
     size_t n = (size_t)t->chunk;
     t->token = calloc(n, sizeof *t->token);
     t->pos = calloc(n, sizeof *t->pos);

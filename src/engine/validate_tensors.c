@@ -155,6 +155,11 @@ orcd_status validate_tensors(const char *path_a, const char *path_b, int n_threa
                        arch_name(a), path_b, arch_name(b));
         goto done;
     }
+    if (c[0].n_layer != c[1].n_layer) {
+        st = orcd_fail(err, ORCD_ERR_ARG, "%s has %d layers, %s has %d: their weights cannot be compared", path_a,
+                       c[0].n_layer, path_b, c[1].n_layer);
+        goto done;
+    }
     ORCD_TRY_GOTO(st, done, arch_measure(a, f[0], &c[0], &size, err));
     s.total = size.n_param;
     ORCD_TRY_GOTO(st, done, pool_open(n_threads, &s.threads, err));
