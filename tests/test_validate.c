@@ -30,7 +30,7 @@ static void quantise(const char *from, const char *type) {
     const arch *a;
     if (mf_open(from, &f, &err) || arch_identify(f, &a, &err) || arch_config_read(a, f, &c, &err) ||
         gguf_create(file(), 32, &w, &err) || arch_put_keys(a, f, &c, true, w, &err) ||
-        arch_export(a, f, &c, &types, 2, NULL, NULL, w, &sum, &err) || gguf_finish(w, &err))
+        arch_export(a, f, &c, &types, NULL, 2, NULL, NULL, w, &sum, &err) || gguf_finish(w, &err))
         fail_msg("%s as %s: %s", from, type, err.message);
     mf_close(f);
 }
