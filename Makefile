@@ -90,6 +90,11 @@ $B/tests/%: $B/tests/%.o $B/liborcd.a
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -lcmocka -o $@
 
+# Preloaded into orcd, it makes the GPU fail.
+$B/tests/fault.so: tests/cuda/fault.c
+	@mkdir -p $(@D)
+	$(Q)$(CC) -std=c11 -D_GNU_SOURCE -O1 $(WARN) -fPIC -shared -pthread $< -ldl -o $@
+
 $B/bench/%: $B/bench/%.o $B/liborcd.a
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(LDFLAGS) $^ $(LDLIBS) -o $@
@@ -117,7 +122,7 @@ install: man
 	$(Q)$B/orcd completion zsh >$(DEST)/share/zsh/site-functions/_orcd
 	$(Q)$B/orcd completion fish >$(DEST)/share/fish/vendor_completions.d/orcd.fish
 
-test: all $(TESTBIN)
+test: all $(TESTBIN) $B/tests/fault.so
 	$(Q)tests/run $B
 
 # libFuzzer programs with clang, one per fuzz/fuzz_NAME.c. To run one for a minute from the seeds:
@@ -132,8 +137,9 @@ $B/fuzz_%: $B/fuzz/fuzz_%.o $B/liborcd.a
 
 # On a machine with a GPU: the backend against the reference, golden logits, the demo model against the CPU.
 CUDA_TESTS := test_ops test_ops_sequence test_decode test_plan
-test-cuda: $(CUDA_TESTS:%=$B/tests/%) $B/tests/test_golden
+test-cuda: all $(CUDA_TESTS:%=$B/tests/%) $B/tests/test_golden $B/tests/fault.so
 	$(Q)for t in $(CUDA_TESTS); do $B/tests/$$t cuda || exit 1; done; $B/tests/test_golden
+	$(Q)ORCD=$(CURDIR)/$B/orcd ORCD_BUILD=$B tests/cuda/run_cuda_faults
 
 # The same operations under compute-sanitizer, and the fused step on one layer: half an hour.
 test-cuda-sanitize: $(CUDA_TESTS:%=$B/tests/%)
