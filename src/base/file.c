@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 /* O_NONBLOCK: opening a FIFO must fail below, not wait for a writer. */
@@ -69,7 +70,7 @@ static void on_bus_error(int sig, siginfo_t *info, void *context) {
     uintptr_t bytes = (uintptr_t)atomic_load(&page_bytes), at = (uintptr_t)info->si_addr & ~(bytes - 1);
     (void)context;
     if (info->si_code == BUS_ADRERR && atomic_load(&shrunk_zeros) &&
-        mmap((void *)at, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED) {
+        syscall(SYS_mmap, at, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != -1) {
         atomic_store(&shrunk, true);
         return;
     }
