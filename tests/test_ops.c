@@ -536,7 +536,7 @@ static void linear_rows_do_not_depend_on_the_batch(void **state) {
             const float *whole = run_linear(&b, &c, &n_row, &width);
             for (size_t j = 0; j < ORCD_COUNT(token_counts); j++) {
                 linear_case p = c;
-                for (int at = 0; at < N; at += p.n_tok > 43 ? p.n_tok : 43) { /* of small pieces, a few */
+                for (int at = 0; at<N; at += p.n_tok> 43 ? p.n_tok : 43) { /* of small pieces, a few */
                     p.n_tok = token_counts[j] < N - at ? token_counts[j] : N - at;
                     p.x = c.x + at * n_col;
                     p.y = c.y + at * width;
@@ -574,7 +574,7 @@ static void expert_rows_do_not_depend_on_the_batch(void **state) {
             const float *whole = run_experts(&b, &c, &n_row, &width);
             for (size_t j = 0; j < ORCD_COUNT(token_counts); j++) {
                 experts_case p = c;
-                for (int at = 0; at < N; at += p.n_tok > 43 ? p.n_tok : 43) {
+                for (int at = 0; at<N; at += p.n_tok> 43 ? p.n_tok : 43) {
                     p.n_tok = token_counts[j] < N - at ? token_counts[j] : N - at;
                     p.x = c.x + at * n_embd;
                     p.y = c.y + at * n_embd;
