@@ -182,25 +182,28 @@ static void look_at_gpus(finding *f, int *n_gpu) {
     json_object_set_new(f->data, "devices", list);
 }
 
-static void add_limit(finding *f, const char *key, int which, const char *what, bool bytes) {
+/* What has no limit is left out of the line where that is usual (`quiet`). */
+static void add_limit(finding *f, const char *key, int which, const char *what, bool bytes, bool quiet) {
     struct rlimit r;
     char text[32];
     if (getrlimit((__rlimit_resource_t)which, &r) != 0)
         return;
-    json_object_set_new(f->data, key, r.rlim_cur == RLIM_INFINITY ? json_null() : json_integer((json_int_t)r.rlim_cur));
-    buf_printf(&f->text, "%s%s ",
-               r.rlim_cur == RLIM_INFINITY ? "unlimited"
-               : bytes                     ? human_bytes(r.rlim_cur, text)
-                                           : human_count(r.rlim_cur, text),
-               what);
+    bool none = r.rlim_cur == RLIM_INFINITY;
+    json_object_set_new(f->data, key, none ? json_null() : json_integer((json_int_t)r.rlim_cur));
+    if (!none || !quiet)
+        buf_printf(&f->text, "%s%s ",
+                   none    ? "unlimited"
+                   : bytes ? human_bytes(r.rlim_cur, text)
+                           : human_count(r.rlim_cur, text),
+                   what);
 }
 
 static void look_at_limits(finding *f) {
     char huge[64] = "unknown", count[64] = "0";
     char *open, *close;
-    add_limit(f, "locked_bytes", RLIMIT_MEMLOCK, " of locked memory,", true);
-    add_limit(f, "address_space_bytes", RLIMIT_AS, " address space,", true);
-    add_limit(f, "open_files", RLIMIT_NOFILE, " open files;", false);
+    add_limit(f, "locked_bytes", RLIMIT_MEMLOCK, " of locked memory,", true, false);
+    add_limit(f, "address_space_bytes", RLIMIT_AS, " of address space,", true, true);
+    add_limit(f, "open_files", RLIMIT_NOFILE, " open files;", false, false);
     read_line("/sys/kernel/mm/transparent_hugepage/enabled", "", huge, sizeof huge);
     read_line("/proc/meminfo", "HugePages_Total", count, sizeof count);
     if ((open = strchr(huge, '[')) && (close = strchr(open, ']'))) {

@@ -79,13 +79,14 @@ static void print_result(const options *o, const hub_pulled *r, double seconds) 
         json_decref(j);
         return;
     }
+    const char *plural = r->n_file == 1 ? "" : "s";
     human_bytes(r->bytes, all);
     if (!o->quiet && r->n_fetched)
-        fprintf(stderr, "%s: %d files, %s, every hash as the hub has it; %s fetched in %.1f s (%s/s)\n", r->name,
-                r->n_file, all, human_bytes(r->bytes_fetched, some), seconds,
+        fprintf(stderr, "%s: %d file%s, %s, every hash as the hub has it; %s fetched in %.1f s (%s/s)\n", r->name,
+                r->n_file, plural, all, human_bytes(r->bytes_fetched, some), seconds,
                 human_bytes((uint64_t)((double)r->bytes_fetched / (seconds + 1e-9)), rate));
     else if (!o->quiet)
-        fprintf(stderr, "%s: %d files, %s: all here already\n", r->name, r->n_file, all);
+        fprintf(stderr, "%s: %d file%s, %s: all here already\n", r->name, r->n_file, plural, all);
     printf("%s\n", r->path);
 }
 
