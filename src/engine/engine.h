@@ -136,9 +136,8 @@ typedef struct eng_result {
 typedef struct eng_request {
     const int32_t *prompt; /* copied */
     size_t n_prompt;       /* 1.. ; prompt + 1 must fit the context, else ORCD_ERR_LIMIT */
-    /* <= 0: up to the context's end. KV memory is kept for max_new tokens from the start; without it for a few hundred
-     * at a time, and when it runs out the youngest request waits until there is room and then goes on as if nothing had
-     * been. */
+    /* <= 0: up to the context's end. KV memory is kept for max_new tokens, at most 2,048, ahead; without it for 512;
+     * and when it runs out the youngest request waits until there is room and then goes on as if nothing had been. */
     int32_t max_new;
     samp_params sampling;
     bool has_seed;          /* else one is drawn and reported */

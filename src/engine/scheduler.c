@@ -21,6 +21,7 @@
 #define SLOWDOWN 4         /* a step with prefill may take this many times a pure decode step */
 #define MIN_SLICE 16       /* prefill rows that are always worth a step */
 #define GROWTH 512         /* tokens that an answer of unknown length is expected to grow by */
+#define GROWTH_MOST 2048   /* more are not kept for one with a limit either: many clients always ask for very many */
 #define RESIDENT_S 60.0    /* how often the device is asked where the model's memory lies */
 #define SMOOTH 0.2         /* weight of the newest step in the running means */
 
@@ -107,10 +108,10 @@ static int pages_until(const eng *e, const seq *s, int32_t n_pos) {
     return e->kv.pool[BE_POOL_FULL].n_page && n > 0 ? n : 0;
 }
 
-/* Pages that are kept for s: to its end, when the request says how long that may be; else a growth step ahead. */
+/* Pages that are kept for s when others want to start. */
 static int pages_to_come(const eng *e, const seq *s) {
-    bool open = s->r.max_new <= 0 && s->n_limit - s->n_tok > GROWTH;
-    return pages_until(e, s, open ? s->n_tok + GROWTH : s->n_limit - 1);
+    int32_t most = s->r.max_new > 0 ? GROWTH_MOST : GROWTH, left = s->n_limit - 1 - s->n_tok;
+    return pages_until(e, s, s->n_tok + (left < most ? left : most));
 }
 
 /* There is room for everyone running as far as can be foreseen, and for s too, whose slot maps what it shares. */
