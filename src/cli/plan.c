@@ -28,8 +28,8 @@ static const cli_option option[] = {
     {"bandwidth", 0, CLI_NUM, offsetof(options, bandwidth), 0.001, 1e6, "GB/S", "of it, instead of measuring"},
     {"kv-type", 0, CLI_CHOICE, offsetof(options, kv_type), 0, 0, "f16|f32|f8", "precision of the KV cache"},
     {"chunk", 0, CLI_INT, offsetof(options, chunk), 0, 8192, "N", "prompt tokens per step"},
-    {"cpu-experts", 0, CLI_INT, offsetof(options, cpu_experts), -1, 1024, "N",
-     "layers whose experts stay in host memory (cuda; default -1: as many as needed)"},
+    {"cpu-experts", 0, CLI_INT, offsetof(options, cpu_experts), 0, 1024, "N|auto",
+     "experts of the last N layers in host memory (cuda; default 0)"},
     {"threads", 't', CLI_INT, offsetof(options, threads), 0, 1024, "N", "CPU threads (default: all cores)"},
     {"act-bits", 0, CLI_INT, offsetof(options, act_bits), 8, 16, "8|16", "bits of the activations (cpu; default 16)"},
     {"no-repack", 0, CLI_FLAG, offsetof(options, no_repack), 0, 0, "", "run from the mapped file (cpu)"},
@@ -45,6 +45,7 @@ typedef struct report {
     eng_plan p;
     orcd_error why;         /* not FITS */
     double rate, host_rate; /* bytes a second; 0: not known */
+    int host_layers; /* TOO_LARGE: would fit with the experts of so many layers in host memory; 0: it would not */
 } report;
 
 static uint64_t need(const eng_plan *p) { return p->m.weights + p->m.acts + p->m.kv; }
@@ -103,8 +104,14 @@ static void make_report(const options *o, const char *model, const char *device,
         plan_without(&p, r);
     else
         r->outcome = outcome_of(st);
-    if (r->outcome == FITS || r->outcome == TOO_LARGE)
+    if (r->outcome == FITS)
         measure(o, &p, r);
+    if (r->outcome == TOO_LARGE && p.backend.cpu_experts == 0) {
+        eng_plan with;
+        orcd_error err;
+        p.backend.cpu_experts = CLI_AUTO;
+        r->host_layers = eng_plan_only(&p, &with, &err) == ORCD_OK ? with.n_host_layers : 0;
+    }
 }
 
 /* ---- for people ---- */
@@ -173,6 +180,8 @@ static void print_report(const options *o, const report *r) {
     else if (r->outcome != ABSENT)
         printf("; at most %s", human_count((uint64_t)p->most_one, a));
     printf("\n");
+    if (r->host_layers)
+        printf("  fits with --cpu-experts auto: experts of %d layers in host memory\n", r->host_layers);
     print_speed(o, r);
 }
 
@@ -187,6 +196,8 @@ static json_t *json_of(const options *o, const report *r) {
         json_object_set_new(j, "reason", json_string(r->why.message));
     if (r->outcome == FAILED)
         return j;
+    if (r->host_layers)
+        json_object_set_new(j, "fits_with_host_layers", json_integer(r->host_layers));
     json_object_set_new(j, "name", json_string(p->device));
     const struct {
         const char *key;
@@ -247,7 +258,7 @@ static int list_devices(const char *wanted, const char *name[MAX_DEVICES]) {
 }
 
 static int run(const cli_command *c, int argc, char **argv) {
-    options o = {.device = "auto", .kv_type = "f16", .streams = 1, .cpu_experts = -1};
+    options o = {.device = "auto", .kv_type = "f16", .streams = 1};
     const char *rest[1], *name[MAX_DEVICES];
     char path[4096];
     int n_rest;

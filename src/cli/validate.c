@@ -274,7 +274,7 @@ static orcd_status open_teacher(const options *o, const char *path, const char *
     bar b;
     teacher_params p = {.model = path,
                         .backend = device,
-                        .device = {.n_threads = (int)o->threads, .act_bits = act_bits, .cpu_experts = -1},
+                        .device = {.n_threads = (int)o->threads, .act_bits = act_bits},
                         /* the reference keeps keys and values exact; the others as they run */
                         .kv_type = strcmp(device, "ref") == 0 ? BE_KV_F32 : BE_KV_F16,
                         .n_ctx = n_ctx,
