@@ -181,7 +181,7 @@ static void process_grows_by_the_plan(void **state) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
     printf("SKIP: a sanitizer keeps memory of its own\n");
 #else
-    enum { ROWS = 256, PAGES = 512 };
+    enum { ROWS = 2048, PAGES = 64 };
     static int32_t token[ROWS], pos[ROWS], slot[ROWS], out[2] = {0, ROWS - 1};
     arch_memory p;
     opened m = open_model(models[0]);
@@ -205,7 +205,8 @@ static void process_grows_by_the_plan(void **state) {
     OK(l.dev->ops->step_end(step, &err));
     double grown = anonymous() - before, planned = (double)(p.weights + p.acts + p.kv);
     print_message("planned %.2f MiB, grown by %.2f MiB\n", planned / 0x1p20, grown / 0x1p20);
-    assert_true(grown > 0.95 * planned && grown < 1.03 * planned);
+    /* beside the plan: stacks, page tables of the slots, the rounding of huge pages */
+    assert_true(grown > 0.97 * planned && grown < planned + (4 << 20));
     unload(&l);
     mf_close(m.f);
 #endif
