@@ -192,7 +192,8 @@ orcd_status cuda_kv_open(be_device *base, const be_kv_spec *s, be_kv **out, orcd
         const size_t entries = (size_t)s->n_slot * (size_t)kv->n_entry;
         kv->base.page_bytes[p] = cuda_kv_page_bytes(base, s, p);
         const size_t bytes = (size_t)kv->base.page_bytes[p] * (size_t)s->n_page[p];
-        ORCD_TRY_GOTO(st, done, cuda_alloc(d, &kv->pages[p], bytes, "the KV cache", err));
+        if (bytes) /* else a pool without layers */
+            ORCD_TRY_GOTO(st, done, cuda_alloc(d, &kv->pages[p], bytes, "the KV cache", err));
         ORCD_TRY_GOTO(st, done, cuda_alloc(d, &kv->table[p], entries * sizeof(int32_t), "a page table", err));
         kv->change[p] = (int32_t *)calloc(entries, sizeof(int32_t));
         if (!kv->change[p]) {
