@@ -367,13 +367,16 @@ static int run(const cli_command *c, int argc, char **argv) {
         return EXIT_USAGE;
     if (n_rest == 0)
         return cli_usage(c, "MODEL A is needed, and B unless only the devices differ");
-    result r = {.o = &o, .path = {rest[0], rest[n_rest - 1]}};
+    char path[2][4096];
+    result r = {.o = &o, .path = {path[0], path[1]}};
     orcd_error err = {0};
     orcd_status st;
     ids tokens = {0};
     int64_t ctx;
     check checks[N_CHECKS];
     bool pass = false;
+    ORCD_TRY_GOTO(st, done, cli_model_path(rest[0], path[0], sizeof path[0], &err));
+    ORCD_TRY_GOTO(st, done, cli_model_path(rest[n_rest - 1], path[1], sizeof path[1], &err));
     ORCD_TRY_GOTO(st, done, read_tokens(&o, r.path[0], &tokens, &ctx, &err));
     ORCD_TRY_GOTO(st, done, compare_weights(&r, &err));
     ORCD_TRY_GOTO(st, done, compare(&r, &tokens, ctx, &err));
