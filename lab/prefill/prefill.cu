@@ -119,6 +119,7 @@ static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, c
             of[(size_t)id[j]].push_back(i * K + j);
         }
     }
+    const int mean = (T * K + E - 1) / E, width = mean <= 6 ? 8 : mean <= 14 ? 16 : mean <= 28 ? 32 : 64;
     std::vector<int32_t> perm;
     std::vector<int4> wide, many;
     for (int e = 0; e < E; e++) {
@@ -126,8 +127,8 @@ static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, c
         const int per = nt ? ((c + nt - 1) / nt + 7) / 8 * 8 : 0;
         for (int i = 0; i < nt; i++)
             wide.push_back(make_int4(e, first + i * per, std::min(per, c - i * per), 0));
-        for (int i = 0; i < c; i += 64)
-            many.push_back(make_int4(e, first + i, std::min(64, c - i), 0));
+        for (int i = 0; i < c; i += width)
+            many.push_back(make_int4(e, first + i, std::min(width, c - i), 0));
         for (int p : of[(size_t)e])
             perm.push_back(p);
         while (perm.size() % 8)
@@ -193,8 +194,8 @@ static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, c
     auto run_pack = [&] { wide_pack(r, {NULL, (int)rows}, dperm, K, dx, EMBD, px, ldx); };
     auto run_wide = [&] { wide_launch<LIN_GATE_UP>(r, &gu, w); };
     auto run_wide_down = [&] { wide_launch<LIN_DOWN>(r, &dn, wd); };
-    auto run_many = [&] { lin_launch<LIN_GATE_UP>(r, &gu, m, 64, (int)many.size()); };
-    auto run_many_down = [&] { lin_launch<LIN_DOWN>(r, &dn, md, 64, (int)many.size()); };
+    auto run_many = [&] { lin_launch<LIN_GATE_UP>(r, &gu, m, width, (int)many.size()); };
+    auto run_many_down = [&] { lin_launch<LIN_DOWN>(r, &dn, md, width, (int)many.size()); };
     run_pack();
     run_wide();
     run_wide_down();
@@ -271,10 +272,11 @@ static void dense(cuda_run *r, const char *name, const cuda_matrix &m, const flo
     w.l.y = y[0];
     w.x = px;
     w.ldx = ldx;
-    w.cols = 128;
+    w.cols = wide_cols(T, m.n_tile, r->dev->n_sm);
     auto run_pack = [&] { wide_pack(r, {NULL, T}, NULL, 1, dx, ld, px, ldx); };
     auto run_wide = [&] { wide_dense(r, &m, w); };
-    auto run_many = [&] { lin_launch<LIN_DENSE>(r, &m, a, 64, (T + 63) / 64); };
+    const int width = lin_width(T);
+    auto run_many = [&] { lin_launch<LIN_DENSE>(r, &m, a, width, (T + width - 1) / width); };
     run_pack();
     run_wide();
     run_many();
@@ -298,12 +300,14 @@ int main(int argc, char **argv) {
     cudaDeviceProp prop;
     CK(cudaGetDeviceProperties(&prop, 0));
     dev.n_sm = prop.multiProcessorCount;
-    cuda_run r = {&dev, NULL, 0, {2048, 0, 0, 0, 0}, false, -1, 0.f, cudaSuccess};
+    cuda_run r = {};
+    r.dev = &dev;
+    r.shape.rows = 2048;
     std::vector<int> T;
     for (int i = 1; i < argc; i++)
         T.push_back(atoi(argv[i]));
     if (T.empty())
-        T = {16, 64, 128, 300, 512, 2048, 8192};
+        T = {16, 32, 64, 96, 128, 192, 256, 512, 2048, 8192};
     const float *bias = floats(32 * 5760, 0.1f);
     {
         const cuda_matrix gu = make(CUDA_FORM_MXFP4, CUDA_ROWS_GLU, 32, FF, EMBD);

@@ -382,6 +382,11 @@ static inline cuda_count cuda_rows_of(const cuda_run *r, const cuda_cmd *c) {
 static __device__ __forceinline__ int count_rows(cuda_count c) { return c.n ? *(const volatile int32_t *)c.n : c.cap; }
 #endif
 
+/* Whether a product leaves f16 too: not q, k and v, which attention reads as floats. */
+static inline bool cuda_linear_f16(const cuda_weight *w, const be_act *y) {
+    return y->form == BE_ACT_FREE && w->matrix[0].map != CUDA_ROWS_PAIR64;
+}
+
 /* A checked launch, with programmatic dependence on the kernel before it where the device has that. */
 template <class... Param, class... Arg>
 static inline void cuda_launch(cuda_run *r, void (*kernel)(Param...), dim3 grid, dim3 block, size_t shared,

@@ -165,12 +165,93 @@ static __global__ __launch_bounds__(ROW_THREADS) void norm_route_kernel(cuda_cou
         y[row * ld + i] = f16_bits(__fmul_rn(__fmul_rn(xs[i], rs), gain[i]));
 }
 
+/* The same for ROUTE_ROWS rows a block, a lane an expert: the sums of norm_route_kernel in their order, without its
+ * shuffles, and weights read once for all rows. */
+#define ROUTE_ROWS 8
+#define ROUTE_EXPERTS 128
+
+static __global__ __launch_bounds__(ROW_THREADS) void norm_route_many_kernel(cuda_count rows, const float *x, int n,
+                                                                             const float *gain, float eps,
+                                                                             const float *router, const float *bias,
+                                                                             int n_expert, int k, uint16_t *y,
+                                                                             int64_t ld, int32_t *id, float *weight) {
+    extern __shared__ float4 many_rows[]; /* [ROUTE_ROWS][n rounded up to 16] */
+    __shared__ float part[ROUTE_ROWS][16], sums[16][ROUTE_ROWS][32], logit[ROUTE_ROWS][ROUTE_EXPERTS];
+    pdl_launch();
+    pdl_wait();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_tile = (n + 15) / 16, row0 = blockIdx.x * ROUTE_ROWS;
+    const int n_row = min(ROUTE_ROWS, count_rows(rows) - row0);
+    float *xs = (float *)many_rows;
+    if (n_row <= 0)
+        return;
+    for (int r = 0; r < ROUTE_ROWS; r++) {
+        const float *src = x + (int64_t)(row0 + r) * n;
+        float s = 0;
+        for (int i = 4 * threadIdx.x; i < n_tile * 16; i += 4 * ROW_THREADS) {
+            float4 v = make_float4(0, 0, 0, 0);
+            if (r < n_row && i + 3 < n && n % 4 == 0)
+                v = *(const float4 *)(src + i);
+            else if (r < n_row)
+                v = make_float4(i < n ? src[i] : 0.f, i + 1 < n ? src[i + 1] : 0.f, i + 2 < n ? src[i + 2] : 0.f,
+                                i + 3 < n ? src[i + 3] : 0.f);
+            *(float4 *)(xs + r * n_tile * 16 + i) = v;
+            s = sum_sq4(v, s);
+        }
+        s = warp_sum(s);
+        if (lane == 0)
+            part[r][warp] = s;
+    }
+    __syncthreads();
+    for (int r = 0; r < n_row; r++) {
+        float s = part[r][0];
+#pragma unroll
+        for (int w = 1; w < ROW_THREADS / 32; w++)
+            s += part[r][w];
+        const float rs = rms_scale(s, n, eps);
+        for (int i = threadIdx.x; i < n; i += ROW_THREADS)
+            y[(row0 + r) * ld + i] = f16_bits(__fmul_rn(__fmul_rn(xs[r * n_tile * 16 + i], rs), gain[i]));
+    }
+    for (int e0 = 0; e0 < n_expert; e0 += 32) {
+        const int e = min(e0 + lane, n_expert - 1);
+        float t[ROUTE_ROWS] = {0};
+        for (int i = warp; i < n_tile; i += 16) {
+            const float4 *src = (const float4 *)(router + ((int64_t)i * n_expert + e) * 16);
+            const float4 w[4] = {src[0], src[1], src[2], src[3]};
+#pragma unroll
+            for (int r = 0; r < ROUTE_ROWS; r++)
+                t[r] += route_tile(w, xs + (r * n_tile + i) * 16);
+        }
+#pragma unroll
+        for (int r = 0; r < ROUTE_ROWS; r++)
+            sums[warp][r][lane] = t[r];
+        __syncthreads();
+        if (warp < ROUTE_ROWS && e0 + lane < n_expert) {
+            float s = part[warp][0], sum = sums[0][warp][lane];
+#pragma unroll
+            for (int w = 1; w < 16; w++) {
+                s += part[warp][w];
+                sum += sums[w][warp][lane];
+            }
+            logit[warp][e] = fmaf(sum, rms_scale(s, n, eps), bias ? bias[e] : 0.f);
+        }
+        __syncthreads();
+    }
+    if (warp < n_row)
+        choose(logit[warp], n_expert, k, id + (int64_t)(row0 + warp) * k, weight + (int64_t)(row0 + warp) * k);
+}
+
 void cuda_run_moe(cuda_run *r, const cuda_cmd *c) {
     const cuda_count rows = cuda_rows_of(r, c);
-    const int n = (int)c->x->base.width;
-    cuda_launch(r, norm_route_kernel, dim3((unsigned)rows.cap), dim3(ROW_THREADS), (size_t)(n + 15) / 16 * 64, rows,
-                (const float *)c->x->f32, n, (const float *)c->w->dense, c->eps, (const float *)c->w2->gained,
-                (const float *)c->w2->bias, (int)c->w2->base.n_row, c->k, c->y->f16, c->y->ld, c->z->id,
+    const int n = (int)c->x->base.width, n_expert = (int)c->w2->base.n_row;
+    const size_t row = (size_t)(n + 15) / 16 * 64;
+    const bool many = rows.cap > 128 && n_expert <= ROUTE_EXPERTS && row * ROUTE_ROWS <= (size_t)100 * 1024;
+    if (many && r->error == cudaSuccess)
+        r->error = cudaFuncSetAttribute(norm_route_many_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        (int)row * ROUTE_ROWS);
+    cuda_launch(r, many ? norm_route_many_kernel : norm_route_kernel,
+                dim3((unsigned)(many ? (rows.cap + ROUTE_ROWS - 1) / ROUTE_ROWS : rows.cap)), dim3(ROW_THREADS),
+                many ? row * ROUTE_ROWS : row, rows, (const float *)c->x->f32, n, (const float *)c->w->dense, c->eps,
+                (const float *)c->w2->gained, (const float *)c->w2->bias, n_expert, c->k, c->y->f16, c->y->ld, c->z->id,
                 c->z->expert_w);
 }
 

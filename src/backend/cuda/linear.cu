@@ -2,20 +2,6 @@
 #include "backend/cuda/stream.cuh"
 #include "backend/cuda/wide.cuh"
 
-/* Activation rows of an item: fewer fill the device when there is little to do. */
-static int wide_cols(int rows, int n_tile, int n_sm) {
-    int best = 0, least = 0;
-    for (int cols = 32; cols <= WIDE_COLS; cols += 32) {
-        const int items = (n_tile + WIDE_TILES - 1) / WIDE_TILES * ((rows + cols - 1) / cols);
-        const int cost = (items + n_sm - 1) / n_sm * (cols + 40); /* 40: what an item costs whatever its rows */
-        if (best == 0 || cost < least) {
-            best = cols;
-            least = cost;
-        }
-    }
-    return best;
-}
-
 static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l) {
     uint8_t *x = r->dev->scratch.wide_x;
     wide_args a = {};
@@ -43,11 +29,11 @@ void cuda_run_linear(cuda_run *r, const cuda_cmd *c) {
     a.ldx = c->x->ld;
     a.bias = c->w->bias;
     a.y = c->y->f32;
-    a.yh = c->y->base.form == BE_ACT_FREE ? c->y->f16 : NULL;
+    a.yh = cuda_linear_f16(c->w, &c->y->base) ? c->y->f16 : NULL;
     a.ldy = c->y->base.width;
     a.ldh = c->y->ld;
     a.epilogue = c->epilogue;
-    if (a.rows.cap > 64 && cuda_has_wide(r->dev)) {
+    if (a.rows.cap > 48 && cuda_has_wide(r->dev)) {
         run_wide(r, c, a);
         return;
     }

@@ -112,7 +112,7 @@ void cuda_linear(be_step *s, const be_weight *w, const be_act *x, be_act *y, be_
     rows_like(c, s, x, y);
     c->w = (const cuda_weight *)w;
     c->epilogue = e;
-    holds(y, true, y->form == BE_ACT_FREE);
+    holds(y, true, cuda_linear_f16(c->w, y));
 }
 
 static int find_freq(cuda_step *s, const be_attn *a) {

@@ -61,6 +61,8 @@ static __device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (
 WG_DEFINE(16, WG_S0, "8", "9", "10", "11", "12", "13", WG_R8(0))
 WG_DEFINE(32, WG_S1, "16", "17", "18", "19", "20", "21", WG_R8(0), WG_R8(8))
 WG_DEFINE(48, WG_S2, "24", "25", "26", "27", "28", "29", WG_R8(0), WG_R8(8), WG_R8(16))
+WG_DEFINE(56, WG_S2 ",%24,%25,%26,%27", "28", "29", "30", "31", "32", "33", WG_R8(0), WG_R8(8), WG_R8(16), "+f"(d[24]),
+          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]))
 WG_DEFINE(64, WG_S3, "32", "33", "34", "35", "36", "37", WG_R8(0), WG_R8(8), WG_R8(16), WG_R8(24))
 #undef WG_DEFINE
 #undef WG_R8

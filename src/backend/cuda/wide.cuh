@@ -39,11 +39,16 @@ void wide_pack(cuda_run *r, cuda_count rows, const int32_t *perm, int k, const u
 void wide_dense(cuda_run *r, const cuda_matrix *m, const wide_args &a);
 
 template <class F> struct wide_plan {
-    static constexpr int UNITS = F::CHUNK <= 1088 ? 2 : 1; /* of a stage */
+    static constexpr int UNITS = F::CHUNK <= 1088 ? 3 : 1; /* of a stage, at most */
     static constexpr int X_BYTES = UNITS * WIDE_X_UNIT, W_BYTES = WIDE_TILES * UNITS * F::CHUNK;
     static constexpr int FIT = (225 * 1024) / (X_BYTES + W_BYTES), STAGES = FIT < 8 ? FIT : 8;
     static constexpr int SHARED = STAGES * (X_BYTES + W_BYTES) + 1024 + 256;
 };
+
+/* Units of the next stage; a stage is of one segment, of which `left` units are not in a stage yet. */
+template <class F> static __device__ __forceinline__ int wide_units(int left) {
+    return wide_plan<F>::UNITS == 1 || left == 1 ? 1 : left == 3 || left > 4 ? 3 : 2;
+}
 
 #ifdef HAVE_WGMMA
 struct wide_ring { /* addresses in shared memory; the place that a thread has reached */
@@ -65,8 +70,10 @@ template <class F> static __device__ void wide_fill(const wide_args &a, const li
     const int lane = threadIdx.x % 32, rows = (c.n + 7) & ~7;
     const uint8_t *w =
         a.l.w + c.mat * a.l.mat_bytes + (int64_t)min(tile0 + lane % WIDE_TILES, a.l.n_tile - 1) * a.l.n_unit * F::CHUNK;
-    for (int u = 0; u < a.l.n_unit; u += P::UNITS) {
-        const int n = min(P::UNITS, a.l.n_unit - u);
+    for (int u = 0, left = 0, n; u < a.l.n_unit; u += n, left -= n) {
+        if (left == 0)
+            left = min(a.l.seg, a.l.n_unit - u);
+        n = wide_units<F>(left);
         mbar_wait(r.empty + 8 * r.stage, r.parity ^ 1);
         const uint32_t full = r.full + 8 * r.stage;
         if (lane == 0)
@@ -108,57 +115,93 @@ template <int R> static __device__ __forceinline__ void wide_add(float (&total)[
 }
 
 /* Sums of an item for weights with block scales: 64 rows x 2 N columns of a group. */
+template <class F, int N> struct wide_scaled {
+    using P = wide_plan<F>;
+    static constexpr int R = N / 2, HALF = N * 128 / 16;
+    wide_ring &r;
+    int lane, at;     /* the warp's tile in a stage */
+    const uint8_t *w; /* of the stage that is open */
+    uint64_t desc;
+    typename F::raw raw;
+    frag_block f; /* its first block */
+    float acc[2][R], c0[R], c1[R];
+
+    __device__ __forceinline__ wide_scaled(wide_ring &ring, int tile, int l)
+        : r(ring), lane(l), at(tile * P::UNITS * F::CHUNK) {
+#pragma unroll
+        for (int i = 0; i < 2 * R; i++)
+            acc[i / R][i % R] = 0;
+    }
+
+    __device__ __forceinline__ void open() {
+        mbar_wait(r.full + 8 * r.stage, r.parity);
+        w = r.w_ptr + r.stage * P::W_BYTES + at;
+        desc = wgmma_desc(r.x + r.stage * P::X_BYTES);
+        raw = F::load_shared(w, lane);
+        f = F::block(raw, 0);
+    }
+
+    /* A stage of UNITS units, open, without a break between products; opens the next. */
+    template <int UNITS> __device__ __forceinline__ void run(bool more) {
+        wide_issue<N>(c0, f.a, desc);
+        wide_issue<N>(c1, f.a, desc + HALF);
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) {
+            const frag_block g = F::block(raw, 1);
+            wgmma_wait<1>(c0);
+            wide_scale(acc[0], c0, f.s);
+            wide_issue<N>(c0, g.a, desc + i * (WIDE_X_UNIT / 16) + 4);
+            wgmma_wait<1>(c1);
+            wide_scale(acc[1], c1, f.s);
+            wide_issue<N>(c1, g.a, desc + i * (WIDE_X_UNIT / 16) + 4 + HALF);
+            if (i + 1 < UNITS) {
+                raw = F::load_shared(w + (i + 1) * F::CHUNK, lane);
+                f = F::block(raw, 0);
+                wgmma_wait<1>(c0);
+                wide_scale(acc[0], c0, g.s);
+                wide_issue<N>(c0, f.a, desc + (i + 1) * (WIDE_X_UNIT / 16));
+                wgmma_wait<1>(c1);
+                wide_scale(acc[1], c1, g.s);
+                wide_issue<N>(c1, f.a, desc + (i + 1) * (WIDE_X_UNIT / 16) + HALF);
+            } else {
+                const uint32_t empty = r.empty + 8 * r.stage;
+                wide_next<P::STAGES>(r);
+                if (more)
+                    open();
+                wgmma_wait<1>(c0);
+                wide_scale(acc[0], c0, g.s);
+                wgmma_wait<0>(c1);
+                if (lane == 0)
+                    mbar_arrive(empty);
+                wide_scale(acc[1], c1, g.s);
+            }
+        }
+    }
+};
+
 template <class F, int N>
 static __device__ __forceinline__ void wide_sum_scaled(const wide_args &a, wide_ring &r, int group, int lane,
                                                        float (&total)[2][N / 2]) {
-    using P = wide_plan<F>;
-    constexpr int R = N / 2, HALF = N * 128 / 16;
-    const int n_unit = a.l.n_unit, tile = group * 4 + threadIdx.x / 32 % 4;
-    float acc[2][R], c0[R], c1[R];
 #pragma unroll
-    for (int i = 0; i < 2 * R; i++)
-        total[i / R][i % R] = acc[i / R][i % R] = 0;
-    uint64_t desc;
-    frag_block f, f2;
-    typename F::raw raw;
-    auto open = [&](int u) {
-        const int k = u % P::UNITS;
-        if (k == 0)
-            mbar_wait(r.full + 8 * r.stage, r.parity);
-        raw = F::load_shared(r.w_ptr + r.stage * P::W_BYTES + (tile * P::UNITS + k) * F::CHUNK, lane);
-        desc = wgmma_desc(r.x + r.stage * P::X_BYTES + k * WIDE_X_UNIT);
-        f = F::block(raw, 0);
-    };
-    open(0);
-    for (int u = 0, left = a.l.seg; u < n_unit; u++) {
-        const int k = u % P::UNITS;
-        const uint32_t empty = r.empty + 8 * r.stage;
-        const bool leave = k == P::UNITS - 1 || u + 1 == n_unit;
-        wide_issue<N>(c0, f.a, desc);
-        wide_issue<N>(c1, f.a, desc + HALF);
-        f2 = F::block(raw, 1);
-        wgmma_wait<1>(c0);
-        wide_scale(acc[0], c0, f.s);
-        wide_issue<N>(c0, f2.a, desc + 4);
-        wgmma_wait<1>(c1);
-        wide_scale(acc[1], c1, f.s);
-        wide_issue<N>(c1, f2.a, desc + 4 + HALF);
-        if (leave)
-            wide_next<P::STAGES>(r);
-        if (u + 1 < n_unit)
-            open(u + 1);
-        wgmma_wait<1>(c0);
-        wide_scale(acc[0], c0, f2.s);
-        wgmma_wait<0>(c1);
-        if (leave && lane == 0)
-            mbar_arrive(empty);
-        wide_scale(acc[1], c1, f2.s);
-        if (--left == 0) {
-            left = a.l.seg;
-            wide_add(total, acc);
-        }
+    for (int i = 0; i < N; i++)
+        total[i / (N / 2)][i % (N / 2)] = 0;
+    wide_scaled<F, N> sum(r, group * 4 + threadIdx.x / 32 % 4, lane);
+    sum.open();
+    for (int u = 0, left = 0; u < a.l.n_unit;) {
+        if (left == 0)
+            left = min(a.l.seg, a.l.n_unit - u);
+        const int n = wide_units<F>(left);
+        u += n;
+        left -= n;
+        if (n == 3)
+            sum.template run<3>(u < a.l.n_unit);
+        else if (n == 2)
+            sum.template run<2>(u < a.l.n_unit);
+        else
+            sum.template run<1>(u < a.l.n_unit);
+        if (left == 0)
+            wide_add(total, sum.acc);
     }
-    wide_add(total, acc); /* nothing, when the last segment was whole */
 }
 
 /* The same for weights without scales: a segment is one chain. */
@@ -208,44 +251,58 @@ static __device__ __forceinline__ void wide_sum_plain(const wide_args &a, wide_r
     }
 }
 
-/* Results of DENSE and DOWN: rows g and g + 8 of a tile. */
+/* Results of DENSE and DOWN: rows g and g + 8 of a tile. What is read is read for eight columns at once. */
 template <lin_mode MODE, int N>
 static __device__ __forceinline__ void wide_put(const wide_args &a, const lin_cols &c, int tile, int lane,
                                                 const float (&total)[2][N / 2]) {
     const int g = lane >> 2, t = lane & 3;
     const lin_args &l = a.l;
-    if (tile >= l.n_tile)
-        return;
+    const int row[2] = {lin_row(l, tile, g), lin_row(l, tile, g + 8)};
+    const bool there[2] = {tile < l.n_tile && row[0] < l.n_row, tile < l.n_tile && row[1] < l.n_row};
+    float bias[2] = {0, 0};
 #pragma unroll
-    for (int q = 0; q < 2; q++) {
-        const int row = lin_row(l, tile, g + 8 * q);
-        if (row >= l.n_row)
-            continue;
-        const float bias = l.bias ? l.bias[c.mat * l.bias_mat + l.row0 + row] : 0.f;
+    for (int q = 0; q < 2; q++)
+        if (l.bias && there[q])
+            bias[q] = l.bias[c.mat * l.bias_mat + l.row0 + row[q]];
 #pragma unroll
-        for (int i = 0; i < N / 4; i++)
+    for (int i0 = 0; i0 < N / 4; i0 += 4) {
+        int64_t to[8]; /* -1: no such column */
+        float v[8][2];
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int col = i * 8 + 2 * t + e;
-                if (col >= c.n)
-                    continue;
-                float v = __fmul_rn(total[i / (N / 8)][i % (N / 8) * 4 + 2 * q + e], l.factor);
+        for (int j = 0; j < 8; j++) {
+            const int col = (i0 + j / 2) * 8 + 2 * t + j % 2;
+            to[j] = col >= c.n ? -1 : MODE == LIN_DOWN ? l.perm[c.first + col] : c.first + col;
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int q = 0; q < 2; q++) {
+                const int i = i0 + j / 2;
+                v[j][q] = __fmul_rn(total[i / (N / 8)][i % (N / 8) * 4 + 2 * q + j % 2], l.factor);
                 if (l.bias)
-                    v += bias;
-                if (MODE == LIN_DOWN) {
-                    l.y[(int64_t)l.perm[c.first + col] * l.ldy + row] = v;
-                    continue;
-                }
-                float *y = l.y + (int64_t)(c.first + col) * l.ldy + l.row0 + row;
-                if (l.epilogue == BE_EPI_ADD)
-                    v = *y + v;
-                else if (l.epilogue == BE_EPI_GELU_TANH)
-                    v = gelu_tanh(v);
-                else if (l.epilogue == BE_EPI_GELU_ERF)
-                    v = gelu_erf(v);
-                *y = v;
-                if (l.yh)
-                    l.yh[(int64_t)(c.first + col) * l.ldh + l.row0 + row] = f16_bits(v);
+                    v[j][q] += bias[q];
+            }
+        if (MODE == LIN_DENSE && l.epilogue == BE_EPI_ADD) {
+            float old[8][2];
+#pragma unroll
+            for (int j = 0; j < 16; j++)
+                if (to[j / 2] >= 0 && there[j % 2])
+                    old[j / 2][j % 2] = l.y[to[j / 2] * l.ldy + l.row0 + row[j % 2]];
+#pragma unroll
+            for (int j = 0; j < 16; j++)
+                v[j / 2][j % 2] = old[j / 2][j % 2] + v[j / 2][j % 2];
+        } else if (MODE == LIN_DENSE && l.epilogue != BE_EPI_NONE) {
+#pragma unroll
+            for (int j = 0; j < 16; j++)
+                v[j / 2][j % 2] =
+                    l.epilogue == BE_EPI_GELU_TANH ? gelu_tanh(v[j / 2][j % 2]) : gelu_erf(v[j / 2][j % 2]);
+        }
+#pragma unroll
+        for (int j = 0; j < 16; j++)
+            if (to[j / 2] >= 0 && there[j % 2]) {
+                l.y[to[j / 2] * l.ldy + l.row0 + row[j % 2]] = v[j / 2][j % 2];
+                if (MODE == LIN_DENSE && l.yh)
+                    l.yh[to[j / 2] * l.ldh + l.row0 + row[j % 2]] = f16_bits(v[j / 2][j % 2]);
             }
     }
 }
@@ -350,6 +407,20 @@ static __global__ __launch_bounds__(WIDE_THREADS, 1) void wide_kernel(const __gr
 #else
     (void)a;
 #endif
+}
+
+/* Activation rows of an item of a dense product: fewer fill the device when there is little to do. */
+static inline int wide_cols(int rows, int n_tile, int n_sm) {
+    int best = 0, least = 0;
+    for (int cols = 32; cols <= WIDE_COLS; cols += 32) {
+        const int items = (n_tile + WIDE_TILES - 1) / WIDE_TILES * ((rows + cols - 1) / cols);
+        const int cost = (items + n_sm - 1) / n_sm * (cols + 40); /* 40: what an item costs whatever its rows */
+        if (best == 0 || cost < least) {
+            best = cols;
+            least = cost;
+        }
+    }
+    return best;
 }
 
 template <class F, lin_mode MODE> static void wide_launch_form(cuda_run *r, const wide_args &a) {
