@@ -34,7 +34,7 @@ struct fetch {
     size_t n_part, first_open;
     conn *conn;
     CURLM *multi;
-    atomic_bool quit;
+    atomic_bool quit, hashed; /* to the hasher; from it: it is at the end, in whatever way */
 };
 
 static double now(void) {
@@ -285,7 +285,21 @@ static void *hash_all(void *arg) {
     for (size_t i = 0; i < f->n_part; i++)
         if (!hub_part_hash(&f->part[i], &f->quit))
             break;
+    atomic_store(&f->hashed, true);
     return NULL;
+}
+
+/* Of what an earlier run had fetched, the hashes may take much longer than the rest of the bytes. */
+static orcd_status wait_for_hashes(fetch *f, orcd_error *err) {
+    enum { WAIT_US = 20000, SAID_AFTER = 50 /* waits */ };
+    for (int waits = 0; !atomic_load(&f->hashed); waits++) {
+        if (waits == SAID_AFTER && f->p->note)
+            f->p->note(f->p->ctx, "all bytes are here; checking their hashes");
+        if (f->p->stopped && f->p->stopped(f->p->ctx))
+            return orcd_fail(err, ORCD_ERR_CANCELLED, "stopped; the same command goes on from here");
+        usleep(WAIT_US);
+    }
+    return ORCD_OK;
 }
 
 static orcd_status open_fetch(fetch *f, orcd_error *err) {
@@ -313,6 +327,8 @@ orcd_status hub_fetch(const hub_params *p, const char *repo, hub_part *part, siz
         goto done;
     }
     st = transfer(&f, err);
+    if (st == ORCD_OK)
+        st = wait_for_hashes(&f, err);
 done:
     atomic_store(&f.quit, st != ORCD_OK);
     if (hashing)
