@@ -31,7 +31,7 @@ static const shape shapes[] = {
     {"120b, Q8_0", false, true, true, Q_Q8_0, 2880, 64, 8, 2880, 128, 33, true, true},
     {"56 heads, no sinks", false, true, true, Q_Q8_0, 2880, 56, 7, 2880, 32, 16, false, true},
     {"no biases", false, true, true, Q_BF16, 2880, 64, 8, 2880, 32, 40, true, false},
-    {"20b, F16 and Q4_0", false, true, false, Q_Q4_0, 2880, 64, 8, 2880, 32, 100, true, true},
+    {"20b, Q4_0", false, true, true, Q_Q4_0, 2880, 64, 8, 2880, 32, 100, true, true},
     {"GPT-2 124M", true, true, false, Q_Q8_0, 768, 12, 12, 3072, 0, 500, false, true},
 };
 

@@ -181,7 +181,7 @@ static void process_grows_by_the_plan(void **state) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
     printf("SKIP: a sanitizer keeps memory of its own\n");
 #else
-    enum { ROWS = 256, PAGES = 512 };
+    enum { ROWS = 2048, PAGES = 64 };
     static int32_t token[ROWS], pos[ROWS], slot[ROWS], out[2] = {0, ROWS - 1};
     arch_memory p;
     opened m = open_model(models[0]);
@@ -205,7 +205,8 @@ static void process_grows_by_the_plan(void **state) {
     OK(l.dev->ops->step_end(step, &err));
     double grown = anonymous() - before, planned = (double)(p.weights + p.acts + p.kv);
     print_message("planned %.2f MiB, grown by %.2f MiB\n", planned / 0x1p20, grown / 0x1p20);
-    assert_true(grown > 0.95 * planned && grown < 1.03 * planned);
+    /* beside the plan: stacks, page tables of the slots, the rounding of huge pages */
+    assert_true(grown > 0.97 * planned && grown < planned + (4 << 20));
     unload(&l);
     mf_close(m.f);
 #endif
@@ -257,6 +258,41 @@ static void largest_context_is_the_largest(void **state) {
     assert_int_equal(both.n_page[BE_POOL_FULL], 2 * ((open.most_all + BE_PAGE - 1) / BE_PAGE));
 }
 
+static eng_plan plan_on_gpu(int cpu_experts, uint64_t memory, orcd_status want) {
+    eng_plan out;
+    orcd_error err = {0};
+    eng_params p = {.model = models[1],
+                    .device = "cuda",
+                    .backend = {.dry = true, .cpu_experts = cpu_experts},
+                    .n_ctx = 1024,
+                    .cache_bytes = ENG_NO_CACHE,
+                    .memory_bytes = memory};
+    orcd_status st = eng_plan_only(&p, &out, &err);
+    if (st != want)
+        fail_msg("%d layers in host memory, %llu bytes: %s", cpu_experts, (unsigned long long)memory, err.message);
+    return out;
+}
+
+static uint64_t sum_of(const eng_plan *p) { return p->m.weights + p->m.acts + p->m.kv; }
+
+static void no_more_experts_leave_the_gpu_than_must(void **state) {
+    (void)state;
+    enum { AUTO = -1, LAYERS = 4 };
+    if (no_cuda())
+        return;
+    eng_plan none = plan_on_gpu(0, 1ull << 40, ORCD_OK), one = plan_on_gpu(1, 1ull << 40, ORCD_OK);
+    eng_plan all = plan_on_gpu(99, 1ull << 40, ORCD_OK);
+    uint64_t layer = sum_of(&none) - sum_of(&one);
+    assert_int_equal(none.n_host_layers, 0);
+    assert_int_equal(all.n_host_layers, LAYERS);
+    assert_int_equal(plan_on_gpu(AUTO, sum_of(&none), ORCD_OK).n_host_layers, 0);
+    assert_int_equal(plan_on_gpu(AUTO, sum_of(&none) - 1, ORCD_OK).n_host_layers, 1);
+    assert_int_equal(plan_on_gpu(AUTO, sum_of(&none) - 2 * layer, ORCD_OK).n_host_layers, 2);
+    assert_int_equal(plan_on_gpu(AUTO, sum_of(&all), ORCD_OK).n_host_layers, LAYERS);
+    plan_on_gpu(AUTO, sum_of(&all) - 1, ORCD_ERR_NOMEM);
+    plan_on_gpu(0, sum_of(&none) - 1, ORCD_ERR_NOMEM);
+}
+
 static void too_large_is_refused_before_loading(void **state) {
     (void)state;
     eng *e;
@@ -282,6 +318,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(cpu_holds_what_was_planned),
         cmocka_unit_test(engine_takes_what_it_planned),
         cmocka_unit_test(largest_context_is_the_largest),
+        cmocka_unit_test(no_more_experts_leave_the_gpu_than_must),
         cmocka_unit_test(too_large_is_refused_before_loading)};
     on_gpu = argc > 1 && strcmp(argv[1], "cuda") == 0;
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -105,7 +105,8 @@ static void print_sum(const char *path, const arch_exported *sum, double seconds
             human_bytes((uint64_t)((double)sum->bytes_in / (seconds + 1e-9)), rate));
 }
 
-static int run_convert(const options *o, const char *from, const char *to) {
+static int run_convert(const options *o, const char *source, const char *to) {
+    char from[4096];
     orcd_error err = {0};
     orcd_status st;
     mf_file *f = NULL;
@@ -118,6 +119,7 @@ static int run_convert(const options *o, const char *from, const char *to) {
         st = orcd_fail(&err, ORCD_ERR_IO, "%s exists already; --force replaces it", to);
         goto done;
     }
+    ORCD_TRY_GOTO(st, done, cli_model_path(source, from, sizeof from, &err));
     ORCD_TRY_GOTO(st, done, mf_open(from, &f, &err));
     ORCD_TRY_GOTO(st, done, arch_identify(f, &a, &err));
     ORCD_TRY_GOTO(st, done, arch_config_read(a, f, &c, &err));

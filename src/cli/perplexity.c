@@ -55,20 +55,21 @@ static int run(const cli_command *c, int argc, char **argv) {
 
     orcd_error err = {0};
     orcd_status st;
-    char *text = NULL;
+    char model[4096], *text = NULL;
     size_t len;
     ids tokens = {0};
     teacher *t = NULL;
     nll_sum sum;
     bar b;
+    ORCD_TRY_GOTO(st, done, cli_model_path(rest[0], model, sizeof model, &err));
     ORCD_TRY_GOTO(st, done, cli_read_text(rest[1], &text, &len, &err));
-    ORCD_TRY_GOTO(st, done, cli_encode(rest[0], o.tokenizer, text, len, &tokens, &n_ctx, &err));
+    ORCD_TRY_GOTO(st, done, cli_encode(model, o.tokenizer, text, len, &tokens, &n_ctx, &err));
     if (!o.ctx)
         o.ctx = n_ctx < 1024 ? n_ctx : 1024;
     if (!o.stride)
         o.stride = o.ctx / 2;
     bar_begin(&b, "loading", "B");
-    teacher_params p = {.model = rest[0],
+    teacher_params p = {.model = model,
                         .backend = o.device,
                         .device = {.n_threads = (int)o.threads},
                         .kv_type = strcmp(o.device, "ref") == 0 ? BE_KV_F32 : BE_KV_F16,
@@ -83,7 +84,7 @@ static int run(const cli_command *c, int argc, char **argv) {
     st = perplexity_run(t, tokens.data, (int64_t)tokens.n, o.ctx, o.stride, bar_update, &b, &sum, &err);
     bar_end(&b);
     if (st == ORCD_OK)
-        print_result(&o, rest[0], rest[1], &sum, now_s() - b.t0);
+        print_result(&o, model, rest[1], &sum, now_s() - b.t0);
 done:
     teacher_close(t);
     ids_free(&tokens);

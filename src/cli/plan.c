@@ -57,14 +57,14 @@ static uint64_t pool_bytes(const eng_plan *p, int pool) { return (uint64_t)p->n_
 static void measure(const options *o, const eng_params *ep, report *r) {
     be_device *d = NULL;
     orcd_error err;
+    if (r->p.m.host && mem_bandwidth(8, &r->host_rate, &err) != ORCD_OK)
+        r->rate = 0;
     if (ep->backend.dry || o->bandwidth > 0)
         return;
     if (be_open(r->device, &ep->backend, &d, &err) == ORCD_OK && be_read_speed(d, &r->rate, &err) != ORCD_OK)
         r->rate = 0;
     if (d)
         d->ops->close(d);
-    if (r->p.m.host && mem_bandwidth(8, &r->host_rate, &err) != ORCD_OK)
-        r->rate = 0;
 }
 
 static outcome outcome_of(orcd_status st) { return st == ORCD_OK ? FITS : st == ORCD_ERR_NOMEM ? TOO_LARGE : FAILED; }
@@ -104,7 +104,7 @@ static void make_report(const options *o, const char *model, const char *device,
         plan_without(&p, r);
     else
         r->outcome = outcome_of(st);
-    if (r->outcome == FITS)
+    if (r->outcome == FITS || r->outcome == ABSENT)
         measure(o, &p, r);
     if (r->outcome == TOO_LARGE && p.backend.cpu_experts == 0) {
         eng_plan with;
@@ -139,7 +139,10 @@ static void print_speed(const options *o, const report *r) {
     if (o->streams > 1)
         printf("; %d streams together %.1f", (int)o->streams,
                eng_plan_speed(p, (int)o->streams, 0, r->rate, r->host_rate));
-    printf("\n               reading %.1f GB/s%s\n", r->rate / 1e9, o->bandwidth > 0 ? "" : ", measured");
+    printf("\n               reading %.1f GB/s%s", r->rate / 1e9, o->bandwidth > 0 ? "" : ", measured");
+    if (p->m.host)
+        printf("; host memory %.1f GB/s, measured", r->host_rate / 1e9);
+    printf("\n");
 }
 
 static void print_report(const options *o, const report *r) {

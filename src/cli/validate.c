@@ -2,6 +2,7 @@
  * near enough. */
 #include "cli/cli.h"
 
+#include <float.h>
 #include <jansson.h>
 #include <math.h>
 #include <stdio.h>
@@ -187,16 +188,19 @@ static void print_table(const result *r, const check c[N_CHECKS], bool pass) {
 
 /* ---- for machines ---- */
 
+/* JSON has no infinity: an error beside weights or values that are all zero. */
+static double number(double v) { return isfinite(v) ? v : DBL_MAX; }
+
 static json_t *json_taps(const result *r) {
     const tap_error *part = parting(r);
     json_t *all = json_array();
     char words[96];
     for (int i = 0; i < r->n_tap; i++)
         json_array_append_new(all, json_pack("{s:s, s:i, s:f, s:f, s:I}", "name", r->tap[i].name, "layer",
-                                             r->tap[i].layer, "error", r->tap[i].rel, "worst", r->tap[i].rel_worst,
-                                             "at", (json_int_t)r->tap[i].at));
+                                             r->tap[i].layer, "error", number(r->tap[i].rel), "worst",
+                                             number(r->tap[i].rel_worst), "at", (json_int_t)r->tap[i].at));
     json_t *first = part ? json_pack("{s:s, s:i, s:f, s:s}", "name", part->name, "layer", part->layer, "error",
-                                     part->rel, "where", tap_words(part, words))
+                                     number(part->rel), "where", tap_words(part, words))
                          : json_null();
     return json_pack("{s:f, s:o, s:o}", "limit", r->o->tap, "parting", first, "all", all);
 }
@@ -208,12 +212,12 @@ static void print_json(const result *r, const check c[N_CHECKS], bool pass) {
         if (i != TENSOR || r->n_tensor)
             json_object_set_new(
                 checks, c[i].name,
-                json_pack("{s:f, s:f, s:b}", "value", c[i].value, "limit", c[i].limit, "pass", c[i].pass));
+                json_pack("{s:f, s:f, s:b}", "value", number(c[i].value), "limit", c[i].limit, "pass", c[i].pass));
     for (int i = 0; i < r->n_tensor; i++)
         json_array_append_new(tensors, json_pack("{s:s, s:s, s:s, s:f, s:f}", "name", r->tensor[i].name, "type_a",
                                                  q_find(r->tensor[i].type[0])->name, "type_b",
-                                                 q_find(r->tensor[i].type[1])->name, "error", r->tensor[i].rel,
-                                                 "cosine", r->tensor[i].cosine));
+                                                 q_find(r->tensor[i].type[1])->name, "error", number(r->tensor[i].rel),
+                                                 "cosine", isfinite(r->tensor[i].cosine) ? r->tensor[i].cosine : 0));
     json_t *j =
         json_pack("{s:{s:s, s:s, s:f}, s:{s:s, s:s, s:f}, s:I, s:{s:f, s:f, s:I}, s:f, s:{s:f, s:f, s:f, s:I}, s:f}",
                   "a", "model", r->path[0], "device", r->device[0], "perplexity", perplexity_of(&g->a), "b", "model",
@@ -363,13 +367,16 @@ static int run(const cli_command *c, int argc, char **argv) {
         return EXIT_USAGE;
     if (n_rest == 0)
         return cli_usage(c, "MODEL A is needed, and B unless only the devices differ");
-    result r = {.o = &o, .path = {rest[0], rest[n_rest - 1]}};
+    char path[2][4096];
+    result r = {.o = &o, .path = {path[0], path[1]}};
     orcd_error err = {0};
     orcd_status st;
     ids tokens = {0};
     int64_t ctx;
     check checks[N_CHECKS];
     bool pass = false;
+    ORCD_TRY_GOTO(st, done, cli_model_path(rest[0], path[0], sizeof path[0], &err));
+    ORCD_TRY_GOTO(st, done, cli_model_path(rest[n_rest - 1], path[1], sizeof path[1], &err));
     ORCD_TRY_GOTO(st, done, read_tokens(&o, r.path[0], &tokens, &ctx, &err));
     ORCD_TRY_GOTO(st, done, compare_weights(&r, &err));
     ORCD_TRY_GOTO(st, done, compare(&r, &tokens, ctx, &err));

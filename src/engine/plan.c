@@ -119,6 +119,22 @@ static orcd_status place_experts(const target *e, const eng_params *prm, be_kv_s
     return plan_with(e, lo, spec, p, err);
 }
 
+/* What stays in host memory must fit there. */
+static orcd_status check_host(const target *e, const eng_plan *p, orcd_error *err) {
+    uint64_t total, available;
+    be_device *host;
+    if (p->m.host == 0)
+        return ORCD_OK;
+    ORCD_TRY(be_open("cpu", &(be_params){.dry = true}, &host, err));
+    host->ops->memory(host, &total, &available);
+    host->ops->close(host);
+    if (p->m.host <= available)
+        return ORCD_OK;
+    return orcd_fail(err, ORCD_ERR_NOMEM,
+                     "%s: the experts of %d layers need %.3f GiB of host memory; %.3f GiB are available", e->name,
+                     e->cfg->n_host_layers, (double)p->m.host / GIB, (double)available / GIB);
+}
+
 /* Positions, in whole pages, that n_slot sequences can have at once in `room` bytes. */
 static int longest_context(const eng_plan *p, const be_kv_spec *spec, int n_slot, int most, uint64_t room) {
     int lo = 0, hi = kv_n_index(most);
@@ -157,6 +173,7 @@ orcd_status plan_make(const char *name, const arch *a, const mf_file *f, arch_co
     spec->n_ctx = prm->n_ctx ? prm->n_ctx : c->n_ctx;
     ORCD_TRY(place_experts(&e, prm, spec, p, err));
     p->n_host_layers = c->n_host_layers;
+    ORCD_TRY(check_host(&e, p, err));
     uint64_t fixed = p->m.weights + p->m.acts + p->margin, room = p->available > fixed ? p->available - fixed : 0;
     p->most_one = longest_context(p, spec, 1, c->n_ctx, room);
     p->most_all = longest_context(p, spec, spec->n_slot, c->n_ctx, room);

@@ -525,7 +525,7 @@ static void step(eng *e) {
 }
 
 static void check_resident(eng *e, double now) {
-    if (!e->dev->ops->resident || now < e->resident_at)
+    if (now < e->resident_at || !e->dev->ops->resident)
         return;
     e->resident_at = now + RESIDENT_S;
     atomic_store_explicit(&e->n.astray, e->dev->ops->resident(e->dev, NULL) != ORCD_OK, memory_order_relaxed);
@@ -559,6 +559,7 @@ static void wait_for_work(eng *e, bool *closing, bool *poked) {
 void *eng_loop(void *engine) {
     eng *e = engine;
     bool closing = false, poked;
+    e->resident_at = eng_now() + RESIDENT_S; /* loading has looked */
     while (!closing) {
         wait_for_work(e, &closing, &poked);
         double now = eng_now();
