@@ -93,8 +93,8 @@ const char *term_off(void);
 typedef struct bar {
     const char *label, *unit; /* unit "B": bytes, else counts of it; with rate and time left */
     double t0, t_drawn;
-    uint64_t first; /* done when it began: bytes of an earlier run have no rate */
-    bool begun, drawn;
+    uint64_t first; /* done before it began, by an earlier run: no part of the rate */
+    bool drawn;
 } bar;
 void bar_begin(bar *b, const char *label, const char *unit);
 void bar_update(void *b, uint64_t done, uint64_t total);

@@ -31,7 +31,7 @@ static const cli_option option[] = {
 
 typedef struct screen {
     bar b;
-    bool quiet;
+    bool begun, quiet;
 } screen;
 
 static volatile sig_atomic_t interrupted;
@@ -43,7 +43,13 @@ static bool stopped(void *ctx) {
     return interrupted != 0;
 }
 
-static void progress(void *ctx, uint64_t done, uint64_t total) { bar_update(&((screen *)ctx)->b, done, total); }
+static void progress(void *ctx, uint64_t done, uint64_t total) {
+    screen *s = ctx;
+    if (!s->begun)
+        s->b.first = done;
+    s->begun = true;
+    bar_update(&s->b, done, total);
+}
 
 static void note(void *ctx, const char *sentence) {
     screen *s = ctx;

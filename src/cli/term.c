@@ -66,10 +66,6 @@ void bar_update(void *p, uint64_t done, uint64_t total) {
     enum { WIDTH = 28, CELL = 3 };
     bar *b = p;
     double t = now_s(), elapsed = t - b->t0;
-    if (!b->begun) {
-        b->begun = true;
-        b->first = done;
-    }
     /* nothing for what is over in a moment */
     if (!term_is_tty(STDERR_FILENO) || elapsed < 0.3 || t - b->t_drawn < 0.05 || total == 0)
         return;
@@ -77,7 +73,8 @@ void bar_update(void *p, uint64_t done, uint64_t total) {
     b->drawn = true;
     int full = (int)((double)WIDTH * (double)done / (double)total);
     char cells[WIDTH * CELL + 1] = "", rate[64], amount[32], left[32] = "";
-    double speed = (double)(done - b->first) / elapsed, rest = (double)(total - done) / speed;
+    double speed = done > b->first ? (double)(done - b->first) / elapsed : 0;
+    double rest = done < total ? (double)(total - done) / speed : 0;
     for (int i = 0; i < WIDTH; i++)
         memcpy(cells + CELL * i, i < full ? "━" : "╌", CELL + 1);
     if (strcmp(b->unit, "B") == 0)
