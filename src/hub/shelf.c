@@ -69,10 +69,11 @@ orcd_status hub_shelf_lock(const hub_params *p, const char *cache, const char *r
     int n = snprintf(s->dir, sizeof s->dir, "%s/%s", cache, repo);
     if (n <= 0 || n >= HUB_PATH || !hub_shelf_own(s, "lock", "", path))
         return orcd_fail(err, ORCD_ERR_LIMIT, "the cache folder's name is too long");
-    for (bool told = false;;) {
+    bool told = false;
+    for (int removed = 0;;) {
         ORCD_TRY(hub_make_folders(path, err));
         s->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
-        if (s->lock < 0 && errno == ENOENT)
+        if (s->lock < 0 && errno == ENOENT && removed++ < 10) /* between the two calls, or a link to nowhere */
             continue;
         if (s->lock < 0)
             return orcd_fail(err, ORCD_ERR_IO, "cannot open %s: %s", path, strerror(errno));
