@@ -22,6 +22,15 @@ bool req_fail(req_error *e, int status, const char *code, const char *param, con
 
 static bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
+/* The number that n <= 20 digits spell, if it is from 2^63 to 2^64 - 1; else 0. */
+static uint64_t beyond_int64(const char *s, size_t n) {
+    char digits[24] = "";
+    memcpy(digits, s, n);
+    errno = 0;
+    unsigned long long v = strtoull(digits, NULL, 10);
+    return errno || v <= INT64_MAX ? 0 : v;
+}
+
 /* The JSON in `s` into `out`, which has room for len + len / 19 + 1 bytes; its length. jansson has no unsigned
  * integers: numbers from 2^63 to 2^64 - 1, as random seeds are, become the negative number of the same bits, which may
  * be one character longer. Digits inside strings stay. */
@@ -42,12 +51,9 @@ static size_t wrap_u64(const char *s, size_t len, char *out) {
         i += i == from;
         bool whole = i - from >= 19 && i - from <= 20 && !(from > 0 && strchr("-.+eE", s[from - 1])) &&
                      !(i < len && strchr(".eE", s[i]));
-        char digits[24] = "";
-        memcpy(digits, s + from, whole ? i - from : 0);
-        errno = 0;
-        unsigned long long v = strtoull(digits, NULL, 10);
-        if (whole && !errno && v > INT64_MAX) {
-            n += (size_t)sprintf(out + n, "%lld", (long long)v);
+        uint64_t big = whole ? beyond_int64(s + from, i - from) : 0;
+        if (big) {
+            n += (size_t)sprintf(out + n, "%lld", (long long)big);
         } else {
             memcpy(out + n, s + from, i - from);
             n += i - from;
