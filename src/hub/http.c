@@ -142,6 +142,7 @@ orcd_status hub_http_get(const hub_params *p, const char *url, buf *body, char *
     CURL *easy = curl_easy_init();
     answer a = {.body = body};
     CURLcode code = CURLE_OUT_OF_MEMORY;
+    curl_off_t connected = 0; /* microseconds it took */
     long status = 0;
     *next = NULL;
     for (int failures = 0; easy; sleep_s(hub_http_pause(failures, a.retry_after))) {
@@ -155,6 +156,9 @@ orcd_status hub_http_get(const hub_params *p, const char *url, buf *body, char *
         a.retry_after = 0;
         code = curl_easy_perform(easy);
         curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
+        curl_easy_getinfo(easy, CURLINFO_CONNECT_TIME_T, &connected);
+        if (code == CURLE_OPERATION_TIMEDOUT && connected == 0)
+            code = CURLE_COULDNT_CONNECT;
         bool offline = code == CURLE_COULDNT_RESOLVE_HOST || code == CURLE_COULDNT_CONNECT;
         if (code == CURLE_OK || offline || !hub_http_transient(code, status) || ++failures > p->retries ||
             (p->stopped && p->stopped(p->ctx)))
