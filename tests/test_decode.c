@@ -51,33 +51,50 @@ typedef struct model {
     block layer[MAX_LAYER];
 } model;
 
-/* Experts as windows into one matrix, 16 rows apart: as many as wanted, of little memory. */
-static void add_expert_part(be_load *l, const shape *s, op_memory *m, uint64_t *seed, int n_row, int n_col) {
-    const uint64_t shift = 16, n_mat = (uint64_t)s->n_expert, rows = (uint64_t)n_row;
-    int i = l->n_part++;
-    mf_tensor t =
-        op_random_tensor(m, seed, Q_MXFP4, 1, rows + (n_mat - 1) * shift, (uint64_t)n_col, 1 / sqrtf((float)n_col));
-    t.n_mat = n_mat;
-    t.n_row = rows;
+/* Making random weights takes longer than using them, so weights are windows into few matrices: `shift` rows further on
+ * for each layer, part and expert. */
+static void add_window(be_load *l, op_memory *m, uint64_t *seed, const mf_tensor *all, int at, uint64_t n_mat,
+                       uint64_t n_row, bool bias) {
+    const uint64_t shift = 16;
+    mf_tensor t = *all;
     t.data = NULL; /* only its view says where it lies */
+    t.n_mat = n_mat;
+    t.n_row = n_row;
+    t.view.base += (uint64_t)at * t.view.row_bytes;
     t.view.mat_bytes = shift * t.view.row_bytes;
-    l->part[i] = t;
-    l->has_bias[i] = s->bias;
-    if (s->bias)
-        l->bias[i] = op_random_tensor(m, seed, Q_F32, 1, n_mat, rows, 0.3f);
+    assert_true((uint64_t)at + (n_mat - 1) * shift + n_row <= all->n_row);
+    l->has_bias[l->n_part] = bias;
+    if (bias)
+        l->bias[l->n_part] = op_random_tensor(m, seed, Q_F32, 1, n_mat, n_row, 0.3f);
+    l->part[l->n_part++] = t;
 }
 
-static void make_layer(block *l, const shape *s, op_memory *m, uint64_t *seed) {
+/* Made once for all shapes of a width. */
+static op_memory kept;
+static mf_tensor experts;
+
+static const mf_tensor *expert_rows(int n_row, int n_col) {
+    uint64_t seed = 5;
+    if (experts.n_col != (uint64_t)n_col) {
+        op_free_memory(&kept);
+        experts = op_random_tensor(&kept, &seed, Q_MXFP4, 1, (uint64_t)n_row + 128 * 16 + 64, (uint64_t)n_col,
+                                   1 / sqrtf((float)n_col));
+    }
+    return &experts;
+}
+
+/* rows: of qkv, of out; layer i takes what begins at row 16 i. */
+static void make_layer(block *l, const shape *s, op_memory *m, uint64_t *seed, const mf_tensor rows[2], int i) {
     const uint64_t embd = (uint64_t)s->n_embd, q = (uint64_t)s->n_head * 64, kv = (uint64_t)s->n_kv_head * 64;
     *l = (block){.qkv.use = BE_USE_LINEAR, .out.use = BE_USE_LINEAR, .router.use = BE_USE_LINEAR};
-    for (int i = 0; i < 2; i++) {
-        l->norm[i] = op_vector(m, seed, Q_F32, embd, 1, 0.2f);
-        l->norm_bias[i] = op_vector(m, seed, Q_F32, embd, 0, 0.2f);
+    for (int k = 0; k < 2; k++) {
+        l->norm[k] = op_vector(m, seed, Q_F32, embd, 1, 0.2f);
+        l->norm_bias[k] = op_vector(m, seed, Q_F32, embd, 0, 0.2f);
     }
-    op_add_part(&l->qkv, m, seed, s->dense, 1, q, embd, s->bias);
-    op_add_part(&l->qkv, m, seed, s->dense, 1, kv, embd, s->bias);
-    op_add_part(&l->qkv, m, seed, s->dense, 1, kv, embd, s->bias);
-    op_add_part(&l->out, m, seed, s->dense, 1, embd, q, s->bias);
+    add_window(&l->qkv, m, seed, &rows[0], 16 * i, 1, q, s->bias);
+    add_window(&l->qkv, m, seed, &rows[0], 16 * i + (int)q, 1, kv, s->bias);
+    add_window(&l->qkv, m, seed, &rows[0], 16 * i + (int)(q + kv), 1, kv, s->bias);
+    add_window(&l->out, m, seed, &rows[1], 16 * i, 1, embd, s->bias);
     l->sinks = op_vector(m, seed, Q_F32, (uint64_t)s->n_head, 0, 1);
     if (s->gpt2) {
         l->up.use = l->down.use = BE_USE_LINEAR;
@@ -88,9 +105,17 @@ static void make_layer(block *l, const shape *s, op_memory *m, uint64_t *seed) {
     op_add_part(&l->router, m, seed, Q_F32, 1, (uint64_t)s->n_expert, embd, s->bias);
     l->gate_up.use = BE_USE_GATE_UP;
     l->down.use = BE_USE_DOWN;
-    add_expert_part(&l->gate_up, s, m, seed, s->n_ff, s->n_embd);
-    add_expert_part(&l->gate_up, s, m, seed, s->n_ff, s->n_embd);
-    add_expert_part(&l->down, s, m, seed, s->n_embd, s->n_ff);
+    const uint64_t n_mat = (uint64_t)s->n_expert, ff = (uint64_t)s->n_ff;
+    if (s->n_ff == s->n_embd) {
+        const mf_tensor *all = expert_rows(s->n_ff, s->n_embd);
+        add_window(&l->gate_up, m, seed, all, 7 * i, n_mat, ff, s->bias);
+        add_window(&l->gate_up, m, seed, all, 7 * i + 3, n_mat, ff, s->bias);
+        add_window(&l->down, m, seed, all, 7 * i + 5, n_mat, embd, s->bias);
+        return;
+    }
+    op_add_part(&l->gate_up, m, seed, Q_MXFP4, n_mat, ff, embd, s->bias);
+    op_add_part(&l->gate_up, m, seed, Q_MXFP4, n_mat, ff, embd, s->bias);
+    op_add_part(&l->down, m, seed, Q_MXFP4, n_mat, embd, ff, s->bias);
 }
 
 static void make_model(model *m, const shape *s) {
@@ -104,8 +129,12 @@ static void make_model(model *m, const shape *s) {
     m->last_bias = op_vector(&m->memory, &seed, Q_F32, embd, 0, 0.2f);
     m->head.use = BE_USE_LINEAR;
     op_add_part(&m->head, &m->memory, &seed, s->dense, 1, (uint64_t)s->n_vocab, embd, false);
+    const uint64_t q = (uint64_t)s->n_head * 64, kv = (uint64_t)s->n_kv_head * 64;
+    const mf_tensor rows[2] = {
+        op_random_tensor(&m->memory, &seed, s->dense, 1, q + 2 * kv + 16 * MAX_LAYER, embd, 1 / sqrtf((float)embd)),
+        op_random_tensor(&m->memory, &seed, s->dense, 1, embd + 16 * MAX_LAYER, q, 1 / sqrtf((float)q))};
     for (int i = 0; i < m->n_layer; i++)
-        make_layer(&m->layer[i], s, &m->memory, &seed);
+        make_layer(&m->layer[i], s, &m->memory, &seed, rows, i);
 }
 
 /* ---- the same on a device ---- */
@@ -364,7 +393,10 @@ static int run(void) {
 }
 
 int main(int argc, char **argv) {
+    setvbuf(stdout, NULL, _IOLBF, 0);
     all_shapes = argc > 1;
     quick = argc > 2 && strcmp(argv[2], "quick") == 0;
-    return op_main(argc, argv, run);
+    int failed = op_main(argc, argv, run);
+    op_free_memory(&kept);
+    return failed;
 }
