@@ -244,8 +244,9 @@ static void dev_describe(be_device *base, char *text, size_t cap) {
     snprintf(text, cap, "%s", ((cuda_dev *)base)->name);
 }
 
-/* Room that is not offered: scratch of the operations, recorded graphs, the driver's own. */
-#define CUDA_RESERVE ((size_t)768 << 20)
+/* Room that is not offered, for what no plan knows: code that is loaded when it is first used, frames of threads,
+ * recorded graphs. */
+#define CUDA_RESERVE ((size_t)384 << 20)
 
 static void dev_memory(be_device *base, uint64_t *total, uint64_t *available) {
     size_t avail = 0, all = 0;
