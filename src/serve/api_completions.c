@@ -167,10 +167,10 @@ static json_t *logprob(choice *c, const eng_token *t) {
 /* The legacy form: parallel arrays. Takes the entries of the choice. */
 static json_t *take_logprobs(choice *c) {
     const completion *q = c->job->data;
-    size_t i;
-    json_t *entry, *token = json_array(), *value = json_array(), *top = json_array(), *offset = json_array();
     if (!q->has_logprobs)
         return json_null();
+    size_t i;
+    json_t *entry, *token = json_array(), *value = json_array(), *top = json_array(), *offset = json_array();
     json_array_foreach(c->logprob, i, entry) {
         json_t *text = json_array_get(entry, 0);
         json_array_append(token, text);
