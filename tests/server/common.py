@@ -119,7 +119,7 @@ class Orcd:
         return out
 
     def wait_idle(self, seconds=10):
-        end = time.time() + seconds
+        end = time.time() + seconds * SLOW
         while time.time() < end:
             h = self.json("/health")[1]
             if h["running"] == 0 and h["waiting"] == 0:
