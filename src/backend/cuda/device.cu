@@ -211,8 +211,6 @@ static orcd_status dev_open(const be_params *p, be_device **out, orcd_error *err
                        p->device, prop.name, prop.major, prop.minor);
         goto done;
     }
-    /* the driver sets this much aside for every thread that can be resident; our kernels' frames are smaller */
-    cudaDeviceSetLimit(cudaLimitStackSize, 256);
     d->n_sm = prop.multiProcessorCount;
     d->major = prop.major;
     d->minor = prop.minor;
