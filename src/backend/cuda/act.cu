@@ -352,6 +352,10 @@ orcd_status cuda_reserve(cuda_dev *d, int max_tok, int max_out, orcd_error *err)
     ORCD_TRY(grow(d, &c->count, &c->n_count, 1, 4096 * 4, "expert counts", err));
     ORCD_TRY(grow(d, &c->partial, &c->n_partial, CUDA_MAX_PARTIAL, (size_t)CUDA_MAX_PARTIAL * 16 * (128 + 2) * 4,
                   "attention splits", err));
+    const size_t route_rows = d->route_all_rows || tok < CUDA_ROUTE_ROWS ? tok : CUDA_ROUTE_ROWS;
+    const size_t route = route_rows * (size_t)d->want_route * 4;
+    ORCD_TRY(grow(d, &c->route_part, &c->n_route, route, route + 256, "routers' sums", err));
+    ORCD_TRY(grow(d, &c->route_arrived, &c->n_route_rows, route_rows, route_rows * 4 + 256, "routers' counters", err));
     ORCD_TRY(grow(d, &c->arrived, &c->n_arrived, CUDA_MAX_PARTIAL, CUDA_MAX_PARTIAL * 4, "attention counters", err));
     if (cuda_has_wide(d)) {
         const size_t rows = (size_t)round_up((int64_t)(order > tok ? order : tok), 8);

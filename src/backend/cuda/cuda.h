@@ -50,7 +50,7 @@ struct cuda_weight {
     cuda_matrix matrix[3]; /* LINEAR, GATE_UP, DOWN */
     float *bias;           /* [n_mat][n_row] of all parts, or NULL; GATE_UP: [n_mat][2][n_ff] */
     float *dense;          /* VECTOR; small LINEAR (may be a router): [n_row][n_col] */
-    float *gained; /* small LINEAR: [tile of 16 columns][n_row][16] times a norm's gain, for norm and router in one */
+    float *gained; /* small LINEAR: [tile of 16 columns][4][n_row][4] times a norm's gain, for norm and router in one */
     const cuda_weight *gain_of;
     uint8_t *rows; /* EMBED: canonical rows of rows_type */
     q_type rows_type;
@@ -195,6 +195,11 @@ struct cuda_staging { /* pinned; free again once `done` has passed */
 #define CUDA_MAX_PARTIAL 8192 /* attention splits of one launch */
 #define CUDA_SAMPLE_PARTS 64
 #define CUDA_MAX_EXPERT 1024
+#define CUDA_ROUTE_ROWS 128 /* steps of more rows route several rows a block where cuda_routes_many */
+#define CUDA_ROUTE_EXPERTS 128
+static inline bool cuda_routes_many(int64_t n_embd, int64_t n_expert) {
+    return n_expert <= CUDA_ROUTE_EXPERTS && n_embd <= 3200;
+}
 struct cuda_scratch { /* shared by all operations of a step, sized by the largest */
     uint16_t *hidden; /* [pairs][ff rounded up to 64] f16, rows in expert order */
     float *down;      /* [pairs][n_embd] */
@@ -203,11 +208,14 @@ struct cuda_scratch { /* shared by all operations of a step, sized by the larges
     int32_t *count;   /* [0] tiles */
     float *partial;   /* attention splits, [CUDA_MAX_PARTIAL][16][dim + 2] */
     uint32_t *arrived;
+    float *route_part;             /* router: [row][tile of 16 columns][expert] */
+    uint32_t *route_arrived;       /* [row] */
     float2 *rope;                  /* [max_tok][64] cos, sin */
     uint64_t *best;                /* sampling, [outs][CUDA_SAMPLE_PARTS] */
     uint8_t *wide_x, *wide_hidden; /* rows in wide.cuh's order: a product's input, the experts' hidden rows */
     size_t wide_x_bytes, wide_hidden_bytes;
-    size_t hidden_bytes, down_bytes, pairs, tiles, tok, outs, n_count, n_partial, n_arrived; /* what is there */
+    size_t hidden_bytes, down_bytes, pairs, tiles, tok, outs, n_count, n_partial, n_arrived, n_route,
+        n_route_rows; /* what is there */
 };
 
 struct cuda_block { /* of device memory */
@@ -241,8 +249,9 @@ struct cuda_dev {
     } ids[2];
     int id_first, n_id_open;
 
-    int64_t want_pairs, want_ff, want_embd, want_expert, want_col; /* largest asked for, for scratch */
-    int64_t want_k, host_embd;                                     /* of the route and of the experts in host memory */
+    int64_t want_pairs, want_ff, want_embd, want_expert, want_col, want_route; /* largest asked for, for scratch */
+    bool route_all_rows;       /* a router may meet more than CUDA_ROUTE_ROWS rows in norm_route_kernel */
+    int64_t want_k, host_embd; /* of the route and of the experts in host memory */
     cuda_scratch scratch;
     struct {
         float f[64];
@@ -351,9 +360,13 @@ void cuda_run_norm(cuda_run *r, const cuda_cmd *c);
 void cuda_run_linear(cuda_run *r, const cuda_cmd *c);
 void cuda_run_rope(cuda_run *r, const cuda_cmd *c);
 void cuda_run_kv_write(cuda_run *r, const cuda_cmd *c);
+bool cuda_can_rope_write(const cuda_run *r, const cuda_cmd *rope, const cuda_cmd *write);
+void cuda_run_rope_write(cuda_run *r, const cuda_cmd *rope, const cuda_cmd *write);
 void cuda_run_attention(cuda_run *r, const cuda_cmd *c);
 void cuda_run_route(cuda_run *r, const cuda_cmd *c);
 void cuda_run_experts(cuda_run *r, const cuda_cmd *c);
+bool cuda_can_combine_norm(const cuda_cmd *experts, const cuda_cmd *norm);
+void cuda_run_experts_norm(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm); /* and the norm that follows; NULL */
 void cuda_run_gather(cuda_run *r, const cuda_cmd *c);
 void cuda_run_sample(cuda_run *r, const cuda_cmd *c);
 void cuda_run_moe(cuda_run *r, const cuda_cmd *c);

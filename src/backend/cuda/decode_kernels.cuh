@@ -570,7 +570,7 @@ struct dec_out {
     const uint16_t *y; /* f16 */
     const float *x;
     float *x_out;
-    const float *router; /* [tile][n_expert][16]: router weight times the norm's gain */
+    const float *router; /* [tile][4][n_expert][4]: router weight times the norm's gain */
     float *route_part;   /* [tile][n_expert] */
     int n_expert;        /* a multiple of 32 */
 };
@@ -596,7 +596,7 @@ template <class F, int SEG> __global__ void __launch_bounds__(ROW_THREADS, 2) de
     int e = threadIdx.x / 16, r = threadIdx.x % 16;
     float wr = 0;
     if (n > 0)
-        wr = a.router[((int64_t)blockIdx.x * a.n_expert + e) * 16 + r];
+        wr = a.router[(((int64_t)blockIdx.x * 4 + r / 4) * a.n_expert + e) * 4 + r % 4];
     pdl_launch();
     pdl_wait();
     float old = 0, off = 0; /* residual and bias of the thread's row in the first group */
@@ -626,8 +626,11 @@ template <class F, int SEG> __global__ void __launch_bounds__(ROW_THREADS, 2) de
         __syncthreads();
         for (int i = 0; i < m; i++)
             for (int e0 = 0; e0 < a.n_expert; e0 += 32) {
-                int64_t at = (int64_t)(blockIdx.x + (i0 + i) * step) * a.n_expert + e0 + e;
-                float v = __fmul_rn(i0 + i + e0 == 0 ? wr : a.router[at * 16 + r], x16[i * 16 + r]);
+                int64_t tile = blockIdx.x + (i0 + i) * step, at = tile * a.n_expert + e0 + e;
+                float w16 = wr;
+                if (i0 + i + e0 > 0)
+                    w16 = a.router[((tile * 4 + r / 4) * a.n_expert + e0 + e) * 4 + r % 4];
+                float v = __fmul_rn(w16, x16[i * 16 + r]);
 #pragma unroll
                 for (int d = 8; d; d >>= 1)
                     v += __shfl_xor_sync(~0u, v, d);

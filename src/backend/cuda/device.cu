@@ -111,6 +111,8 @@ static void free_scratch(cuda_dev *d) {
     cuda_free(d, s->count);
     cuda_free(d, s->partial);
     cuda_free(d, s->arrived);
+    cuda_free(d, s->route_part);
+    cuda_free(d, s->route_arrived);
     cuda_free(d, s->rope);
     cuda_free(d, s->best);
     cuda_free(d, s->wide_x);

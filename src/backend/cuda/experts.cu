@@ -102,23 +102,88 @@ static __device__ __forceinline__ float route_tile(const float4 (&w)[4], const f
     return v[0];
 }
 
+/* What the experts' sums of a row share: the row, the router's weights and where tiles' sums go. */
+struct route_args {
+    cuda_count rows;
+    const float *x, *gain, *router, *bias;
+    int n, n_expert, k;
+    float eps;
+    uint16_t *y;
+    int64_t ld;
+    int32_t *id;
+    float *weight;
+    float *part;       /* [row][tile][n_expert] */
+    uint32_t *arrived; /* [row], zero; left zero */
+};
+
+/* Sums of tiles [from, to) of a row in shared memory, a warp (tile, 32 experts) at a time. */
+static __device__ void route_tiles(const route_args &a, const float *xs, int from, int to, float *part) {
+    constexpr int AHEAD = 3; /* on their way at once */
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = (a.n_expert + 31) / 32;
+    const int n = (to - from) * groups;
+    for (int i0 = warp; i0 < n; i0 += 16 * AHEAD) {
+        float4 w[AHEAD][4];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            const int i = min(i0 + 16 * j, n - 1), e = min(i % groups * 32 + lane, a.n_expert - 1);
+#pragma unroll
+            for (int q = 0; q < 4; q++)
+                w[j][q] = __ldg((const float4 *)a.router + ((int64_t)(from + i / groups) * 4 + q) * a.n_expert + e);
+        }
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            const int i = i0 + 16 * j, tile = from + i / groups, e = i % groups * 32 + lane;
+            if (i < n && e < a.n_expert)
+                __stcg(part + (int64_t)tile * a.n_expert + e, route_tile(w[j], xs + tile * 16));
+        }
+    }
+}
+
+/* logit[n_expert] (shared) from the tiles' sums: tiles w, w + 16, .. for w = 0 .. 15, then those. */
+static __device__ void route_logits(const route_args &a, const float *part, int n_tile, float rs, float (*sums)[32],
+                                    float *logit) {
+    constexpr int AHEAD = 12;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int e0 = 0; e0 < a.n_expert; e0 += 32) {
+        const int e = min(e0 + lane, a.n_expert - 1);
+        float t = 0;
+        for (int i0 = warp; i0 < n_tile; i0 += 16 * AHEAD) {
+            float v[AHEAD];
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++)
+                v[j] = i0 + 16 * j < n_tile ? __ldcg(part + (int64_t)(i0 + 16 * j) * a.n_expert + e) : 0.f;
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++)
+                if (i0 + 16 * j < n_tile)
+                    t += v[j];
+        }
+        sums[warp][lane] = t;
+        __syncthreads();
+        if (warp == 0 && e0 + lane < a.n_expert) {
+            t = sums[0][lane];
+#pragma unroll
+            for (int w = 1; w < 16; w++)
+                t += sums[w][lane];
+            logit[e] = fmaf(t, rs, a.bias ? a.bias[e] : 0.f);
+        }
+        __syncthreads();
+    }
+}
+
 /* Norm and router of a residual row in one: the router sees the row before the norm, its weights carry the gain, and
- * the norm's scale comes last: the order of sums that the decode kernels use, tile by tile of 16 values. */
-static __global__ __launch_bounds__(ROW_THREADS) void norm_route_kernel(cuda_count rows, const float *x, int n,
-                                                                        const float *gain, float eps,
-                                                                        const float *router, const float *bias,
-                                                                        int n_expert, int k, uint16_t *y, int64_t ld,
-                                                                        int32_t *id, float *weight) {
-    constexpr int AHEAD = 4;         /* tiles on their way at once */
+ * the norm's scale comes last: the order of sums that the decode kernels use, tile by tile of 16 values. The blocks of
+ * a row (grid.y) share its tiles; the last to finish adds them up and chooses. */
+static __global__ __launch_bounds__(ROW_THREADS) void norm_route_kernel(route_args a) {
     extern __shared__ float4 row4[]; /* [n rounded up to 16] floats */
-    __shared__ float part[16], sums[16][32], logit[CUDA_MAX_EXPERT];
+    __shared__ float part16[16], sums[16][32], logit[CUDA_MAX_EXPERT];
+    __shared__ bool last;
     float *xs = (float *)row4;
     pdl_launch();
     pdl_wait();
-    const int row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_tile = (n + 15) / 16;
-    if (row >= count_rows(rows))
+    const int row = blockIdx.x, n = a.n, n_tile = (n + 15) / 16;
+    if (row >= count_rows(a.rows))
         return;
-    x += (int64_t)row * n;
+    const float *x = a.x + (int64_t)row * n;
     float s = 0;
     for (int i = 4 * threadIdx.x; i < n_tile * 16; i += 4 * ROW_THREADS) {
         float4 v;
@@ -130,62 +195,44 @@ static __global__ __launch_bounds__(ROW_THREADS) void norm_route_kernel(cuda_cou
         row4[i / 4] = v;
         s = sum_sq4(v, s);
     }
-    const float rs = rms_scale(row_sum(s, part), n, eps);
-    for (int e0 = 0; e0 < n_expert; e0 += 32) {
-        const int e = min(e0 + lane, n_expert - 1);
-        float t = 0;
-        for (int i0 = warp; i0 < n_tile; i0 += 16 * AHEAD) {
-            float4 w[AHEAD][4];
-#pragma unroll
-            for (int j = 0; j < AHEAD; j++)
-#pragma unroll
-                for (int q = 0; q < 4; q++)
-                    w[j][q] = i0 + 16 * j < n_tile
-                                  ? ((const float4 *)(router + ((int64_t)(i0 + 16 * j) * n_expert + e) * 16))[q]
-                                  : make_float4(0, 0, 0, 0);
-#pragma unroll
-            for (int j = 0; j < AHEAD; j++)
-                if (i0 + 16 * j < n_tile)
-                    t += route_tile(w[j], xs + (i0 + 16 * j) * 16);
-        }
-        sums[warp][lane] = t;
-        __syncthreads();
-        if (warp == 0 && e0 + lane < n_expert) {
-            t = sums[0][lane];
-#pragma unroll
-            for (int w = 1; w < 16; w++)
-                t += sums[w][lane];
-            logit[e] = fmaf(t, rs, bias ? bias[e] : 0.f);
-        }
-        __syncthreads();
+    const float rs = rms_scale(row_sum(s, part16), n, a.eps);
+    float *part = a.part + (int64_t)row * n_tile * a.n_expert;
+    const int from = n_tile * blockIdx.y / gridDim.y, to = n_tile * (blockIdx.y + 1) / gridDim.y;
+    route_tiles(a, xs, from, to, part);
+    for (int i = from * 16 + threadIdx.x; i < min(to * 16, n); i += ROW_THREADS)
+        a.y[row * a.ld + i] = f16_bits(__fmul_rn(__fmul_rn(xs[i], rs), a.gain[i]));
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(&a.arrived[row], 1) == gridDim.y - 1;
+        if (last)
+            a.arrived[row] = 0;
     }
-    if (warp == 0)
-        choose(logit, n_expert, k, id + (int64_t)row * k, weight + (int64_t)row * k);
-    for (int i = threadIdx.x; i < n; i += ROW_THREADS)
-        y[row * ld + i] = f16_bits(__fmul_rn(__fmul_rn(xs[i], rs), gain[i]));
+    __syncthreads();
+    if (!last)
+        return;
+    __threadfence();
+    route_logits(a, part, n_tile, rs, sums, logit);
+    if (threadIdx.x < 32)
+        choose(logit, a.n_expert, a.k, a.id + (int64_t)row * a.k, a.weight + (int64_t)row * a.k);
 }
 
 /* The same for ROUTE_ROWS rows a block, a lane an expert: the sums of norm_route_kernel in their order, without its
  * shuffles, and weights read once for all rows. */
 #define ROUTE_ROWS 8
-#define ROUTE_EXPERTS 128
 
-static __global__ __launch_bounds__(ROW_THREADS) void norm_route_many_kernel(cuda_count rows, const float *x, int n,
-                                                                             const float *gain, float eps,
-                                                                             const float *router, const float *bias,
-                                                                             int n_expert, int k, uint16_t *y,
-                                                                             int64_t ld, int32_t *id, float *weight) {
+static __global__ __launch_bounds__(ROW_THREADS) void norm_route_many_kernel(route_args a) {
     extern __shared__ float4 many_rows[]; /* [ROUTE_ROWS][n rounded up to 16] */
-    __shared__ float part[ROUTE_ROWS][16], sums[16][ROUTE_ROWS][32], logit[ROUTE_ROWS][ROUTE_EXPERTS];
+    __shared__ float part[ROUTE_ROWS][16], sums[16][ROUTE_ROWS][32], logit[ROUTE_ROWS][CUDA_ROUTE_EXPERTS];
     pdl_launch();
     pdl_wait();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_tile = (n + 15) / 16, row0 = blockIdx.x * ROUTE_ROWS;
-    const int n_row = min(ROUTE_ROWS, count_rows(rows) - row0);
+    const int n = a.n, n_expert = a.n_expert, n_tile = (n + 15) / 16, row0 = blockIdx.x * ROUTE_ROWS;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_row = min(ROUTE_ROWS, count_rows(a.rows) - row0);
     float *xs = (float *)many_rows;
     if (n_row <= 0)
         return;
     for (int r = 0; r < ROUTE_ROWS; r++) {
-        const float *src = x + (int64_t)(row0 + r) * n;
+        const float *src = a.x + (int64_t)(row0 + r) * n;
         float s = 0;
         for (int i = 4 * threadIdx.x; i < n_tile * 16; i += 4 * ROW_THREADS) {
             float4 v = make_float4(0, 0, 0, 0);
@@ -207,16 +254,16 @@ static __global__ __launch_bounds__(ROW_THREADS) void norm_route_many_kernel(cud
 #pragma unroll
         for (int w = 1; w < ROW_THREADS / 32; w++)
             s += part[r][w];
-        const float rs = rms_scale(s, n, eps);
+        const float rs = rms_scale(s, n, a.eps);
         for (int i = threadIdx.x; i < n; i += ROW_THREADS)
-            y[(row0 + r) * ld + i] = f16_bits(__fmul_rn(__fmul_rn(xs[r * n_tile * 16 + i], rs), gain[i]));
+            a.y[(row0 + r) * a.ld + i] = f16_bits(__fmul_rn(__fmul_rn(xs[r * n_tile * 16 + i], rs), a.gain[i]));
     }
     for (int e0 = 0; e0 < n_expert; e0 += 32) {
         const int e = min(e0 + lane, n_expert - 1);
         float t[ROUTE_ROWS] = {0};
         for (int i = warp; i < n_tile; i += 16) {
-            const float4 *src = (const float4 *)(router + ((int64_t)i * n_expert + e) * 16);
-            const float4 w[4] = {src[0], src[1], src[2], src[3]};
+            const float4 *src = (const float4 *)a.router + (int64_t)i * 4 * n_expert + e;
+            const float4 w[4] = {src[0], src[n_expert], src[2 * n_expert], src[3 * n_expert]};
 #pragma unroll
             for (int r = 0; r < ROUTE_ROWS; r++)
                 t[r] += route_tile(w, xs + (r * n_tile + i) * 16);
@@ -232,35 +279,41 @@ static __global__ __launch_bounds__(ROW_THREADS) void norm_route_many_kernel(cud
                 s += part[warp][w];
                 sum += sums[w][warp][lane];
             }
-            logit[warp][e] = fmaf(sum, rms_scale(s, n, eps), bias ? bias[e] : 0.f);
+            logit[warp][e] = fmaf(sum, rms_scale(s, n, a.eps), a.bias ? a.bias[e] : 0.f);
         }
         __syncthreads();
     }
     if (warp < n_row)
-        choose(logit[warp], n_expert, k, id + (int64_t)(row0 + warp) * k, weight + (int64_t)(row0 + warp) * k);
+        choose(logit[warp], n_expert, a.k, a.id + (int64_t)(row0 + warp) * a.k,
+               a.weight + (int64_t)(row0 + warp) * a.k);
 }
 
 void cuda_run_moe(cuda_run *r, const cuda_cmd *c) {
-    const cuda_count rows = cuda_rows_of(r, c);
+    const cuda_scratch *s = &r->dev->scratch;
     const int n = (int)c->x->base.width, n_expert = (int)c->w2->base.n_row;
-    const size_t row = (size_t)(n + 15) / 16 * 64;
-    const bool many = rows.cap > 128 && n_expert <= ROUTE_EXPERTS && row * ROUTE_ROWS <= (size_t)100 * 1024;
-    if (many && r->error == cudaSuccess)
+    const cuda_count rows = cuda_rows_of(r, c);
+    const route_args a = {rows,     c->x->f32, c->w->dense,    c->w2->gained, c->w2->bias,
+                          n,        n_expert,  c->k,           c->eps,        c->y->f16,
+                          c->y->ld, c->z->id,  c->z->expert_w, s->route_part, s->route_arrived};
+    const size_t row = (size_t)round_up(n, 16) * 4;
+    if (rows.cap <= CUDA_ROUTE_ROWS || !cuda_routes_many(n, n_expert)) {
+        const unsigned parts = rows.cap <= 16 ? 8 : rows.cap <= 64 ? 2 : 1;
+        cuda_launch(r, norm_route_kernel, dim3((unsigned)rows.cap, parts), dim3(ROW_THREADS), row, a);
+        return;
+    }
+    if (r->error == cudaSuccess)
         r->error = cudaFuncSetAttribute(norm_route_many_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         (int)row * ROUTE_ROWS);
-    cuda_launch(r, many ? norm_route_many_kernel : norm_route_kernel,
-                dim3((unsigned)(many ? (rows.cap + ROUTE_ROWS - 1) / ROUTE_ROWS : rows.cap)), dim3(ROW_THREADS),
-                many ? row * ROUTE_ROWS : row, rows, (const float *)c->x->f32, n, (const float *)c->w->dense, c->eps,
-                (const float *)c->w2->gained, (const float *)c->w2->bias, n_expert, c->k, c->y->f16, c->y->ld, c->z->id,
-                c->z->expert_w);
+    cuda_launch(r, norm_route_many_kernel, dim3((unsigned)((rows.cap + ROUTE_ROWS - 1) / ROUTE_ROWS)),
+                dim3(ROW_THREADS), row * ROUTE_ROWS, a);
 }
 
-/* [tile of 16 columns][row][16] = weight times gain */
+/* [tile of 16 columns][four columns][row][4] = weight times gain */
 static __global__ void gain_kernel(const float *w, const float *gain, int n_row, int n, float *out) {
     const int tile = blockIdx.x;
     for (int i = threadIdx.x; i < n_row * 16; i += blockDim.x) {
-        const int col = tile * 16 + i % 16;
-        out[(int64_t)tile * n_row * 16 + i] = col < n ? __fmul_rn(w[(int64_t)(i / 16) * n + col], gain[col]) : 0.f;
+        const int col = tile * 16 + i / (4 * n_row) * 4 + i % 4, row = i / 4 % n_row;
+        out[(int64_t)tile * n_row * 16 + i] = col < n ? __fmul_rn(w[(int64_t)row * n + col], gain[col]) : 0.f;
     }
 }
 
@@ -341,6 +394,13 @@ static __global__ __launch_bounds__(1024) void order_kernel(cuda_count rows, con
 
 /* ---- sum over the experts of a row ---- */
 
+#define COMBINE_MAX 4096 /* values of a row that one block combines and norms */
+
+static __device__ __forceinline__ float pair_sum(float wa, float a, float wb, float b, bool both) {
+    const float p = __fmul_rn(wa, a);
+    return both ? fmaf(wb, b, p) : p;
+}
+
 /* Pairs of experts first, then the pairs in order: y = (y + p0) + p1 ... */
 static __global__ void combine_kernel(cuda_count rows, const float *down, const float *weight, int k, float *y, int n) {
     pdl_launch();
@@ -352,12 +412,55 @@ static __global__ void combine_kernel(cuda_count rows, const float *down, const 
         const float *d = down + (int64_t)row * k * n + i, *w = weight + (int64_t)row * k;
         float v = y[(int64_t)row * n + i];
         for (int j = 0; j < k; j += 2) {
-            float p = __fmul_rn(w[j], d[(int64_t)j * n]);
-            if (j + 1 < k)
-                p = fmaf(w[j + 1], d[(int64_t)(j + 1) * n], p);
-            v += p;
+            const bool both = j + 1 < k;
+            v += pair_sum(w[j], d[(int64_t)j * n], both ? w[j + 1] : 0.f, both ? d[(int64_t)(j + 1) * n] : 0.f, both);
         }
         y[(int64_t)row * n + i] = v;
+    }
+}
+
+/* The same for all of a row by one block, and the row's RMSNorm: the sums of norm_kernel (n a multiple of 4). */
+static __global__ __launch_bounds__(ROW_THREADS) void combine_norm_kernel(cuda_count rows, const float *down,
+                                                                          const float *weight, int k, float *y, int n,
+                                                                          const float *gain, float eps, float *z,
+                                                                          uint16_t *zh, int64_t ld) {
+    __shared__ float part[16];
+    pdl_launch();
+    pdl_wait();
+    const int row = blockIdx.x, n4 = n / 4;
+    if (row >= count_rows(rows))
+        return;
+    const float *w = weight + (int64_t)row * k;
+    float4 v[COMBINE_MAX / (4 * ROW_THREADS)];
+    float s = 0;
+#pragma unroll
+    for (int i = 0; i < COMBINE_MAX / (4 * ROW_THREADS); i++) {
+        const int at = threadIdx.x + i * ROW_THREADS;
+        if (at >= n4)
+            break;
+        v[i] = ((const float4 *)(y + (int64_t)row * n))[at];
+        for (int j = 0; j < k; j += 2) {
+            const float4 *d = (const float4 *)(down + ((int64_t)row * k + j) * n) + at;
+            const float4 a = d[0], b = j + 1 < k ? d[n4] : make_float4(0, 0, 0, 0);
+            const float wa = w[j], wb = j + 1 < k ? w[j + 1] : 0.f;
+            v[i].x += pair_sum(wa, a.x, wb, b.x, j + 1 < k), v[i].y += pair_sum(wa, a.y, wb, b.y, j + 1 < k);
+            v[i].z += pair_sum(wa, a.z, wb, b.z, j + 1 < k), v[i].w += pair_sum(wa, a.w, wb, b.w, j + 1 < k);
+        }
+        ((float4 *)(y + (int64_t)row * n))[at] = v[i];
+        s = sum_sq4(v[i], s);
+    }
+    const float rs = rms_scale(row_sum(s, part), n, eps);
+#pragma unroll
+    for (int i = 0; i < COMBINE_MAX / (4 * ROW_THREADS); i++) {
+        const int at = threadIdx.x + i * ROW_THREADS;
+        if (at >= n4)
+            break;
+        const float4 g = ((const float4 *)gain)[at];
+        const float4 o = make_float4(__fmul_rn(__fmul_rn(v[i].x, rs), g.x), __fmul_rn(__fmul_rn(v[i].y, rs), g.y),
+                                     __fmul_rn(__fmul_rn(v[i].z, rs), g.z), __fmul_rn(__fmul_rn(v[i].w, rs), g.w));
+        ((float4 *)(z + (int64_t)row * n))[at] = o;
+        if (zh)
+            *(uint2 *)(zh + row * ld + 4 * at) = make_uint2(f16x2(o.x, o.y), f16x2(o.z, o.w));
     }
 }
 
@@ -393,7 +496,29 @@ static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l, int pair
     wide_launch<LIN_DOWN>(r, &c->w2->matrix[0], a);
 }
 
-void cuda_run_experts(cuda_run *r, const cuda_cmd *c) {
+bool cuda_can_combine_norm(const cuda_cmd *c, const cuda_cmd *norm) {
+    const int64_t n = c->y->base.width;
+    return !c->w->on_host && norm->op == CUDA_OP_NORM && norm->norm_kind == BE_NORM_RMS && norm->x == c->y &&
+           norm->rows == c->rows && norm->n_row == c->n_row && !norm->w2 && n % 4 == 0 && n <= COMBINE_MAX;
+}
+
+static void run_combine(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm, cuda_count rows) {
+    const float *down = r->dev->scratch.down;
+    const int n = (int)c->w2->base.n_row;
+    if (norm) {
+        cuda_launch(r, combine_norm_kernel, dim3((unsigned)rows.cap), dim3(ROW_THREADS), 0, rows, down,
+                    (const float *)c->z->expert_w, c->k, c->y->f32, n, (const float *)norm->w->dense, norm->eps,
+                    norm->y->f32, norm->y->f16, norm->y->ld);
+        return;
+    }
+    const unsigned parts = rows.cap < 64 ? 8 : 1;
+    cuda_launch(r, combine_kernel, dim3((unsigned)rows.cap, parts), dim3(parts > 1 ? 384 : 512), 0, rows, down,
+                (const float *)c->z->expert_w, c->k, c->y->f32, n);
+}
+
+void cuda_run_experts(cuda_run *r, const cuda_cmd *c) { cuda_run_experts_norm(r, c, NULL); }
+
+void cuda_run_experts_norm(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm) {
     if (c->w->on_host) {
         cuda_run_host_experts(r, c);
         return;
@@ -430,7 +555,5 @@ void cuda_run_experts(cuda_run *r, const cuda_cmd *c) {
         to_down(&a, c, s);
         run_tiles<LIN_DOWN>(r, &c->w2->matrix[0], a, width, n_block);
     }
-    const unsigned parts = rows.cap < 64 ? 8 : 1;
-    cuda_launch(r, combine_kernel, dim3((unsigned)rows.cap, parts), dim3(parts > 1 ? 384 : 512), 0, rows,
-                (const float *)s->down, (const float *)c->z->expert_w, c->k, c->y->f32, (int)c->w2->base.n_row);
+    run_combine(r, c, norm, rows);
 }

@@ -15,11 +15,11 @@ static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l) {
     }
 }
 
-/* Columns per block of the streaming kernel, 0 to leave it: a matrix that stays in the L2 cache may pass twice. */
-static int stream_width(int rows, int64_t bytes) {
+/* Columns per block of the streaming kernel, 0 to leave it. */
+static int stream_width(int rows) {
     if (rows <= STREAM_MAX_COLS)
         return (rows + 7) / 8 * 8;
-    return rows <= 48 && bytes <= 24 << 20 ? (rows <= 32 ? 16 : 24) : 0;
+    return rows > 64 ? 0 : rows <= 32 ? 16 : STREAM_MAX_COLS;
 }
 
 void cuda_run_linear(cuda_run *r, const cuda_cmd *c) {
@@ -40,7 +40,7 @@ void cuda_run_linear(cuda_run *r, const cuda_cmd *c) {
     const int width = lin_width(a.rows.cap), blocks = (a.rows.cap + width - 1) / width;
     for (int i = 0; i < c->w->n_matrix; i++) {
         const cuda_matrix *m = &c->w->matrix[i];
-        const int few = stream_width(a.rows.cap, (int64_t)m->n_tile * m->n_unit * m->chunk_bytes);
+        const int few = stream_width(a.rows.cap);
         if (!few || !stream_run<LIN_DENSE>(r, m, a, few, (a.rows.cap + few - 1) / few))
             lin_launch<LIN_DENSE>(r, m, a, width, blocks);
     }

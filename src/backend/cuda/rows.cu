@@ -220,6 +220,68 @@ static __global__ void kv_write_kernel(cuda_arrays a, const float *qkv, int widt
     }
 }
 
+/* Both for one row a block, where pages are as wide as heads. */
+template <class T>
+static __global__ void rope_write_kernel(cuda_arrays a, const float2 *cs, float *qkv, int width, int n_head, int n_kv,
+                                         int dim, T *layer, int64_t page_elems, const int32_t *table, int n_entry) {
+    pdl_launch();
+    pdl_wait();
+    const int row = blockIdx.x, half = dim / 2;
+    if (row >= a.batch->n_tok)
+        return;
+    const int pos = a.pos[row], at = pos % BE_PAGE;
+    const int32_t page = table[(int64_t)a.slot[row] * n_entry + pos / BE_PAGE];
+    T *dst = layer + max(page, 0) * page_elems;
+    float *x = qkv + (int64_t)row * width;
+    for (int k = threadIdx.x; k < (n_head + 2 * n_kv) * half; k += blockDim.x) {
+        const int head = k / half, d = k % half;
+        float *p = x + head * dim + d;
+        float lo = p[0], hi = p[half];
+        if (head < n_head + n_kv) {
+            rotate(lo, hi, cs[row * 64 + d]);
+            p[0] = lo;
+            p[half] = hi;
+        }
+        if (head < n_head || page < 0)
+            continue;
+        if (head < n_head + n_kv) {
+            T *to = dst + (int64_t)(head - n_head) * 2 * BE_PAGE * dim + at * dim + d;
+            kv_put(to, lo);
+            kv_put(to + half, hi);
+        } else {
+            T *to = dst + (int64_t)((head - n_head - n_kv) * 2 + 1) * BE_PAGE * dim + d * BE_PAGE + at;
+            kv_put(to, lo);
+            kv_put(to + half * BE_PAGE, hi);
+        }
+    }
+}
+
+template <class T> static void rope_write_typed(cuda_run *r, const cuda_cmd *c) {
+    const be_attn *t = &c->attn;
+    const cuda_kv *kv = r->kv;
+    const int pool = kv->window[t->layer] ? BE_POOL_WINDOW : BE_POOL_FULL;
+    T *layer = (T *)kv->pages[pool] + (int64_t)kv->sub[t->layer] * t->n_kv_head * 2 * BE_PAGE * kv->dim;
+    cuda_launch(r, rope_write_kernel<T>, dim3((unsigned)r->shape.rows), dim3(512), 0, r->dev->arr,
+                (const float2 *)r->dev->scratch.rope, c->x->f32, (int)c->x->base.width, t->n_head, t->n_kv_head,
+                kv->dim, layer, (int64_t)(kv->base.page_bytes[pool] / sizeof(T)), (const int32_t *)kv->table[pool],
+                kv->n_entry);
+}
+
+bool cuda_can_rope_write(const cuda_run *r, const cuda_cmd *rope, const cuda_cmd *write) {
+    return rope->freq >= 0 && write->op == CUDA_OP_KV_WRITE && write->x == rope->x &&
+           write->attn.layer == rope->attn.layer && r->kv && r->kv->dim == rope->attn.head_dim;
+}
+
+void cuda_run_rope_write(cuda_run *r, const cuda_cmd *rope, const cuda_cmd *write) {
+    cuda_run_rope_table(r, rope);
+    if (r->kv->base.spec.type == BE_KV_F32)
+        rope_write_typed<float>(r, write);
+    else if (r->kv->base.spec.type == BE_KV_F8)
+        rope_write_typed<__nv_fp8_e4m3>(r, write);
+    else
+        rope_write_typed<__half>(r, write);
+}
+
 template <class T> static void write_typed(cuda_run *r, const cuda_cmd *c) {
     const be_attn *t = &c->attn;
     const cuda_kv *kv = r->kv;

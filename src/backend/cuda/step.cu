@@ -423,10 +423,18 @@ static orcd_status run_commands(cuda_dev *d, cuda_step *s, cuda_run *r, orcd_err
     const bool fused = r->shape.rows == 1 && !s->taps && cuda_decode_run(r, s->cmd, s->n_cmd);
     d->n_fused += fused;
     for (int i = 0; i < s->n_cmd && !fused; i++) {
-        if (s->cmd[i].op == CUDA_OP_TAP)
-            ORCD_TRY(run_tap(d, &s->cmd[i], err));
-        else
-            launcher[s->cmd[i].op](r, &s->cmd[i]);
+        const cuda_cmd *c = &s->cmd[i], *next = i + 1 < s->n_cmd ? c + 1 : NULL;
+        if (c->op == CUDA_OP_TAP) {
+            ORCD_TRY(run_tap(d, c, err));
+        } else if (c->op == CUDA_OP_EXPERTS && next && cuda_can_combine_norm(c, next)) {
+            cuda_run_experts_norm(r, c, next);
+            i++;
+        } else if (c->op == CUDA_OP_ROPE && next && cuda_can_rope_write(r, c, next)) {
+            cuda_run_rope_write(r, c, next);
+            i++;
+        } else {
+            launcher[c->op](r, c);
+        }
     }
     CUDA_TRY(d, "launching a step", r->error);
     return ORCD_OK;

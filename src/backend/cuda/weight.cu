@@ -459,10 +459,13 @@ orcd_status cuda_load(be_device *base, const be_load *l, be_weight **out, orcd_e
         ORCD_TRY_GOTO(st, done, load_rows(d, l, w, err));
     if (wants_dense(l))
         ORCD_TRY_GOTO(st, done, load_dense(d, l, &w->dense, err));
-    if (w->dense && l->use == BE_USE_LINEAR)
-        ORCD_TRY_GOTO(
-            st, done,
-            cuda_alloc(d, &w->gained, (size_t)(w->base.n_col + 15) / 16 * 64 * (size_t)w->base.n_row, "a router", err));
+    if (w->dense && l->use == BE_USE_LINEAR) { /* maybe a router */
+        const int64_t sums = (w->base.n_col + 15) / 16 * w->base.n_row;
+        ORCD_TRY_GOTO(st, done, cuda_alloc(d, &w->gained, (size_t)sums * 64, "a router", err));
+        d->want_route = sums > d->want_route ? sums : d->want_route;
+        if (!cuda_routes_many(w->base.n_col, w->base.n_row))
+            d->route_all_rows = true;
+    }
     if (l->use != BE_USE_EMBED && l->use != BE_USE_VECTOR)
         ORCD_TRY_GOTO(st, done, load_matrices(d, l, w, err));
     if (any_bias(l))
