@@ -1,6 +1,7 @@
 /* lab/prefill/prefill.cu: products of many rows, wgmma (wide.cuh) against mma.sync (linear.cuh): bits first, then time.
  *   nvcc -std=c++17 -O3 -Isrc -gencode=arch=compute_90a,code=sm_90a lab/prefill/prefill.cu src/backend/cuda/wide.cu \
  *        -o build/prefill && build/prefill [tokens...] */
+#include "backend/cuda/stream.cuh"
 #include "backend/cuda/wide.cuh"
 
 #include <algorithm>
@@ -119,7 +120,7 @@ static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, c
             of[(size_t)id[j]].push_back(i * K + j);
         }
     }
-    const int mean = (T * K + E - 1) / E, width = mean <= 6 ? 8 : mean <= 14 ? 16 : mean <= 28 ? 32 : 64;
+    const int mean = (T * K + E - 1) / E, width = mean <= 5 ? 8 : mean <= 11 ? 16 : mean <= 48 ? STREAM_MAX_COLS : 64;
     std::vector<int32_t> perm;
     std::vector<int4> wide, many;
     for (int e = 0; e < E; e++) {
@@ -194,8 +195,14 @@ static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, c
     auto run_pack = [&] { wide_pack(r, {NULL, (int)rows}, dperm, K, dx, EMBD, px, ldx); };
     auto run_wide = [&] { wide_launch<LIN_GATE_UP>(r, &gu, w); };
     auto run_wide_down = [&] { wide_launch<LIN_DOWN>(r, &dn, wd); };
-    auto run_many = [&] { lin_launch<LIN_GATE_UP>(r, &gu, m, width, (int)many.size()); };
-    auto run_many_down = [&] { lin_launch<LIN_DOWN>(r, &dn, md, width, (int)many.size()); };
+    auto run_many = [&] {
+        if (width > STREAM_MAX_COLS || !stream_run<LIN_GATE_UP>(r, &gu, m, width, (int)many.size()))
+            lin_launch<LIN_GATE_UP>(r, &gu, m, width, (int)many.size());
+    };
+    auto run_many_down = [&] {
+        if (width > STREAM_MAX_COLS || !stream_run<LIN_DOWN>(r, &dn, md, width, (int)many.size()))
+            lin_launch<LIN_DOWN>(r, &dn, md, width, (int)many.size());
+    };
     run_pack();
     run_wide();
     run_wide_down();
@@ -275,8 +282,11 @@ static void dense(cuda_run *r, const char *name, const cuda_matrix &m, const flo
     w.cols = wide_cols(T, m.n_tile, r->dev->n_sm);
     auto run_pack = [&] { wide_pack(r, {NULL, T}, NULL, 1, dx, ld, px, ldx); };
     auto run_wide = [&] { wide_dense(r, &m, w); };
-    const int width = lin_width(T);
-    auto run_many = [&] { lin_launch<LIN_DENSE>(r, &m, a, width, (T + width - 1) / width); };
+    const int few = T <= STREAM_MAX_COLS ? (T + 7) / 8 * 8 : T <= 48 ? (T <= 32 ? 16 : 24) : 0, width = lin_width(T);
+    auto run_many = [&] {
+        if (!few || !stream_run<LIN_DENSE>(r, &m, a, few, (T + few - 1) / few))
+            lin_launch<LIN_DENSE>(r, &m, a, width, (T + width - 1) / width);
+    };
     run_pack();
     run_wide();
     run_many();
@@ -307,7 +317,7 @@ int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++)
         T.push_back(atoi(argv[i]));
     if (T.empty())
-        T = {16, 32, 64, 96, 128, 192, 256, 512, 2048, 8192};
+        T = {16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 2048, 8192};
     const float *bias = floats(32 * 5760, 0.1f);
     {
         const cuda_matrix gu = make(CUDA_FORM_MXFP4, CUDA_ROWS_GLU, 32, FF, EMBD);

@@ -328,19 +328,40 @@ cudaError_t cuda_apply_gain(cuda_dev *d, cuda_weight *router, const cuda_weight 
 /* ---- order of experts ---- */
 
 /* One block: pairs in order of expert then row, and the tiles of at most `width` of them. pad > 1: an expert's pairs
- * begin at a multiple of it, perm is -1 between experts, and an expert's tiles are alike; total: pairs and padding. */
+ * begin at a multiple of it, perm is -1 between experts, and an expert's tiles are alike; total: pairs and padding.
+ * Each warp counts, then places, one run of the pairs. */
 static __global__ __launch_bounds__(1024) void order_kernel(cuda_count rows, const int32_t *id, int k, int n_expert,
                                                             int width, int pad, int32_t *perm, int4 *tile,
                                                             int32_t *n_tiles, int32_t *total) {
+    extern __shared__ int32_t order_at[]; /* [warp][expert]: pairs in the warp's run, then of the runs before it */
     __shared__ int count[CUDA_MAX_EXPERT], first[CUDA_MAX_EXPERT], first_tile[CUDA_MAX_EXPERT];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int32_t *mine = order_at + warp * n_expert;
     pdl_launch();
-    for (int e = threadIdx.x; e < n_expert; e += blockDim.x)
-        count[e] = 0;
-    __syncthreads();
+    for (int e = lane; e < n_expert; e += 32)
+        mine[e] = 0;
+    __syncwarp();
     pdl_wait();
-    const int pairs = count_rows(rows) * k, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int p = threadIdx.x; p < pairs; p += blockDim.x)
-        atomicAdd(&count[id[p]], 1);
+    const int pairs = count_rows(rows) * k, run = (pairs + 1023) / 1024 * 32;
+    const int begin = min(warp * run, pairs), end = min(begin + run, pairs);
+#pragma unroll 4
+    for (int p = begin + lane; p < begin + run; p += 32) {
+        const int e = p < end ? id[p] : -1;
+        const uint32_t same = __match_any_sync(~0u, e);
+        if (e >= 0 && lane == __ffs(same) - 1)
+            mine[e] += __popc(same);
+        __syncwarp();
+    }
+    __syncthreads();
+    if ((int)threadIdx.x < n_expert) {
+        int sum = 0;
+        for (int w = 0; w < 32; w++) {
+            const int n = order_at[w * n_expert + threadIdx.x];
+            order_at[w * n_expert + threadIdx.x] = sum;
+            sum += n;
+        }
+        count[threadIdx.x] = sum;
+    }
     __syncthreads();
     if (warp == 0) {
         int at = 0, t = 0;
@@ -376,19 +397,17 @@ static __global__ __launch_bounds__(1024) void order_kernel(cuda_count rows, con
             tile[first_tile[e] + i] = make_int4(e, first[e] + i * per, min(per, c - i * per), 0);
         if (c + lane < (c + pad - 1) / pad * pad)
             perm[first[e] + c + lane] = -1;
-        for (int p0 = 0, at = first[e]; c > 0 && p0 < pairs; p0 += 8 * 32) {
-            int32_t v[8];
-#pragma unroll
-            for (int q = 0; q < 8; q++)
-                v[q] = p0 + q * 32 + lane < pairs ? id[p0 + q * 32 + lane] : -1;
-#pragma unroll
-            for (int q = 0; q < 8; q++) {
-                const uint32_t who = __ballot_sync(~0u, v[q] == e);
-                if (v[q] == e)
-                    perm[at + __popc(who & ((1u << lane) - 1))] = p0 + q * 32 + lane;
-                at += __popc(who);
-            }
-        }
+    }
+#pragma unroll 4
+    for (int p = begin + lane; p < begin + run; p += 32) {
+        const int e = p < end ? id[p] : -1;
+        const uint32_t same = __match_any_sync(~0u, e);
+        if (e >= 0)
+            perm[first[e] + mine[e] + __popc(same & ((1u << lane) - 1))] = p;
+        __syncwarp();
+        if (e >= 0 && lane == __ffs(same) - 1)
+            mine[e] += __popc(same);
+        __syncwarp();
     }
 }
 
@@ -527,10 +546,13 @@ void cuda_run_experts_norm(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm)
     cuda_scratch *s = &d->scratch;
     const cuda_count rows = cuda_rows_of(r, c);
     const int n_expert = (int)c->w->base.n_mat, pairs = rows.cap * c->k, few = tile_width(pairs, n_expert);
-    const bool wide = few == 64 && cuda_has_wide(d);
+    const bool wide = pairs > 18 * n_expert && cuda_has_wide(d); /* fewer: streamed sooner */
     const int width = wide ? WIDE_COLS : few;
     const int by_count = n_expert + pairs / width, n_block = pairs < by_count ? pairs : by_count;
-    cuda_launch(r, order_kernel, dim3(1), dim3(1024), 0, rows, (const int32_t *)c->z->id, c->k, n_expert, width,
+    const size_t counts = (size_t)32 * 4 * (size_t)n_expert;
+    if (r->error == cudaSuccess)
+        r->error = cudaFuncSetAttribute(order_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)counts);
+    cuda_launch(r, order_kernel, dim3(1), dim3(1024), counts, rows, (const int32_t *)c->z->id, c->k, n_expert, width,
                 wide ? 8 : 1, s->perm, s->tile, s->count, s->count + 1);
     lin_args a = {};
     a.tile = s->tile;

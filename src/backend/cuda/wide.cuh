@@ -39,7 +39,7 @@ void wide_pack(cuda_run *r, cuda_count rows, const int32_t *perm, int k, const u
 void wide_dense(cuda_run *r, const cuda_matrix *m, const wide_args &a);
 
 template <class F> struct wide_plan {
-    static constexpr int UNITS = F::CHUNK <= 1088 ? 3 : 1; /* of a stage, at most */
+    static constexpr int UNITS = F::CHUNK <= 1088 ? 3 : F::CHUNK <= 2048 ? 2 : 1; /* of a stage, at most */
     static constexpr int X_BYTES = UNITS * WIDE_X_UNIT, W_BYTES = WIDE_TILES * UNITS * F::CHUNK;
     static constexpr int FIT = (225 * 1024) / (X_BYTES + W_BYTES), STAGES = FIT < 8 ? FIT : 8;
     static constexpr int SHARED = STAGES * (X_BYTES + W_BYTES) + 1024 + 256;
@@ -47,7 +47,8 @@ template <class F> struct wide_plan {
 
 /* Units of the next stage; a stage is of one segment, of which `left` units are not in a stage yet. */
 template <class F> static __device__ __forceinline__ int wide_units(int left) {
-    return wide_plan<F>::UNITS == 1 || left == 1 ? 1 : left == 3 || left > 4 ? 3 : 2;
+    constexpr int most = wide_plan<F>::UNITS;
+    return left <= most ? left : most == 3 && left == 4 ? 2 : most;
 }
 
 #ifdef HAVE_WGMMA
@@ -142,7 +143,8 @@ template <class F, int N> struct wide_scaled {
     }
 
     /* A stage of UNITS units, open, without a break between products; opens the next. */
-    template <int UNITS> __device__ __forceinline__ void run(bool more) {
+    template <int UNITS> __device__ __forceinline__ void run(bool first, bool more) {
+        (void)first;
         wide_issue<N>(c0, f.a, desc);
         wide_issue<N>(c1, f.a, desc + HALF);
 #pragma unroll
@@ -179,75 +181,84 @@ template <class F, int N> struct wide_scaled {
     }
 };
 
-template <class F, int N>
-static __device__ __forceinline__ void wide_sum_scaled(const wide_args &a, wide_ring &r, int group, int lane,
-                                                       float (&total)[2][N / 2]) {
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        total[i / (N / 2)][i % (N / 2)] = 0;
-    wide_scaled<F, N> sum(r, group * 4 + threadIdx.x / 32 % 4, lane);
-    sum.open();
-    for (int u = 0, left = 0; u < a.l.n_unit;) {
-        if (left == 0)
-            left = min(a.l.seg, a.l.n_unit - u);
-        const int n = wide_units<F>(left);
-        u += n;
-        left -= n;
-        if (n == 3)
-            sum.template run<3>(u < a.l.n_unit);
-        else if (n == 2)
-            sum.template run<2>(u < a.l.n_unit);
-        else
-            sum.template run<1>(u < a.l.n_unit);
-        if (left == 0)
-            wide_add(total, sum.acc);
-    }
-}
-
 /* The same for weights without scales: a segment is one chain. */
-template <class F, int N>
-static __device__ __forceinline__ void wide_sum_plain(const wide_args &a, wide_ring &r, int group, int lane,
-                                                      float (&total)[2][N / 2]) {
+template <class F, int N> struct wide_plain {
     using P = wide_plan<F>;
-    constexpr int R = N / 2, HALF = N * 128 / 16, PLANES = F::CHUNK / 2048;
-    const int n_unit = a.l.n_unit, tile = group * 4 + threadIdx.x / 32 % 4;
+    static constexpr int R = N / 2, HALF = N * 128 / 16, PLANES = F::CHUNK / 2048;
+    wide_ring &r;
+    int lane, at;
+    const uint8_t *w;
+    uint64_t desc;
     float acc[2][R];
-#pragma unroll
-    for (int i = 0; i < 2 * R; i++)
-        total[i / R][i % R] = 0;
-    for (int u = 0, left = a.l.seg; u < n_unit; u++) {
-        const int k = u % P::UNITS;
-        if (k == 0)
-            mbar_wait(r.full + 8 * r.stage, r.parity);
-        const typename F::raw raw =
-            F::load_shared(r.w_ptr + r.stage * P::W_BYTES + (tile * P::UNITS + k) * F::CHUNK, lane);
-        const uint64_t desc = wgmma_desc(r.x + r.stage * P::X_BYTES + k * WIDE_X_UNIT);
-        const int first = left == a.l.seg;
+
+    __device__ __forceinline__ wide_plain(wide_ring &ring, int tile, int l)
+        : r(ring), lane(l), at(tile * P::UNITS * F::CHUNK) {}
+
+    __device__ __forceinline__ void open() {
+        mbar_wait(r.full + 8 * r.stage, r.parity);
+        w = r.w_ptr + r.stage * P::W_BYTES + at;
+        desc = wgmma_desc(r.x + r.stage * P::X_BYTES);
+    }
+
+    __device__ __forceinline__ void issue(const typename F::raw &q, uint64_t d, int keep) {
         wgmma_fence();
 #pragma unroll
         for (int b = 0; b < 2; b++)
 #pragma unroll
             for (int p = 0; p < PLANES; p++) {
-                const uint4 lo = raw.q[p][b][0], hi = raw.q[p][b][1];
+                const uint4 lo = q.q[p][b][0], hi = q.q[p][b][1];
                 const uint32_t a0[4] = {lo.x, hi.x, lo.y, hi.y}, a1[4] = {lo.z, hi.z, lo.w, hi.w};
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    wgmma<N>(acc[h], a0, desc + h * HALF + b * 4, !first || b || p);
-                    wgmma<N>(acc[h], a1, desc + h * HALF + b * 4 + 2, 1);
+                    wgmma<N>(acc[h], a0, d + h * HALF + b * 4, keep || b || p);
+                    wgmma<N>(acc[h], a1, d + h * HALF + b * 4 + 2, 1);
                 }
             }
         wgmma_commit();
+    }
+
+    template <int UNITS> __device__ __forceinline__ void run(bool first, bool more) {
+#pragma unroll
+        for (int i = 0; i < UNITS; i++)
+            issue(F::load_shared(w + i * F::CHUNK, lane), desc + i * (WIDE_X_UNIT / 16), i || !first);
+        const uint32_t empty = r.empty + 8 * r.stage;
+        wide_next<P::STAGES>(r);
+        if (more)
+            open();
         wgmma_wait<0>(acc[0]);
         wgmma_wait<0>(acc[1]);
-        if (u + 1 == n_unit || k == P::UNITS - 1) {
-            if (lane == 0)
-                mbar_arrive(r.empty + 8 * r.stage);
-            wide_next<P::STAGES>(r);
-        }
-        if (--left == 0 || u + 1 == n_unit) {
-            left = a.l.seg;
-            wide_add(total, acc);
-        }
+        if (lane == 0)
+            mbar_arrive(empty);
+    }
+};
+
+template <class F, int N, bool SCALED = F::SCALED> struct wide_kind { using sum = wide_scaled<F, N>; };
+template <class F, int N> struct wide_kind<F, N, false> { using sum = wide_plain<F, N>; };
+
+/* Sums of an item, segments in ascending order. */
+template <class F, int N>
+static __device__ __forceinline__ void wide_sum(const wide_args &a, wide_ring &r, int group, int lane,
+                                                float (&total)[2][N / 2]) {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        total[i / (N / 2)][i % (N / 2)] = 0;
+    typename wide_kind<F, N>::sum sum(r, group * 4 + threadIdx.x / 32 % 4, lane);
+    sum.open();
+    for (int u = 0, left = 0; u < a.l.n_unit;) {
+        const bool first = left == 0;
+        if (first)
+            left = min(a.l.seg, a.l.n_unit - u);
+        const int n = wide_units<F>(left);
+        u += n;
+        left -= n;
+        if (wide_plan<F>::UNITS > 2 && n == 3)
+            sum.template run<3>(first, u < a.l.n_unit);
+        else if (wide_plan<F>::UNITS > 1 && n == 2)
+            sum.template run<2>(first, u < a.l.n_unit);
+        else
+            sum.template run<1>(first, u < a.l.n_unit);
+        if (left == 0)
+            wide_add(total, sum.acc);
     }
 }
 
@@ -343,10 +354,7 @@ template <class F, lin_mode MODE, int N>
 static __device__ __forceinline__ void wide_item(const wide_args &a, const lin_cols &c, int tile0, wide_ring &r,
                                                  int group, int lane) {
     float total[2][N / 2];
-    if constexpr (F::SCALED)
-        wide_sum_scaled<F, N>(a, r, group, lane, total);
-    else
-        wide_sum_plain<F, N>(a, r, group, lane, total);
+    wide_sum<F, N>(a, r, group, lane, total);
     const int tile = tile0 + group * 4 + threadIdx.x / 32 % 4;
     if constexpr (MODE == LIN_GATE_UP)
         wide_put_glu<N>(a, c, tile, lane, total);
