@@ -142,9 +142,12 @@ test-cuda: all $(CUDA_TESTS:%=$B/tests/%) $B/tests/test_golden $B/tests/fault.so
 	$(Q)ORCD=$(CURDIR)/$B/orcd ORCD_BUILD=$B tests/cuda/run_cuda_faults
 
 # The same operations under compute-sanitizer, and the fused step on one layer: half an hour.
+# racecheck does not follow mbarriers that bulk copies complete: it is told to leave out the kernels with such rings
+RACECHECK := --tool racecheck $(foreach k,dec_ stream_kernel wide_kernel,--kernel-name-exclude kernel_substring=$k)
 test-cuda-sanitize: $(CUDA_TESTS:%=$B/tests/%)
-	$(Q)for tool in memcheck initcheck racecheck; do for t in "test_ops cuda" "test_ops_sequence cuda" "test_decode cuda quick"; do \
-	    echo "$$tool: $$t"; compute-sanitizer --tool $$tool --error-exitcode 9 $B/tests/$$t >$B/tests/sanitize.log 2>&1 || \
+	$(Q)for tool in "--tool memcheck" "--tool initcheck" "$(RACECHECK)"; do for t in "test_ops cuda" "test_ops_sequence cuda" \
+	    "test_decode cuda quick"; do echo "$$tool: $$t"; \
+	    compute-sanitizer $$tool --error-exitcode 9 $B/tests/$$t >$B/tests/sanitize.log 2>&1 || \
 	    { tail -40 $B/tests/sanitize.log; exit 1; }; done; done
 
 lint:
