@@ -127,7 +127,8 @@ template <class F, int SEG, int N_SEG, int PARTS, int STAGES,
           int PRODUCER_WARP = N_SEG<DEC_WARPS ? DEC_WARPS - 1 : 0> struct dec_pipe {
     static constexpr int WARPS = N_SEG / PARTS, BYTES = WARPS * SEG * F::CHUNK, SMEM = STAGES * (BYTES + 16);
     static constexpr int PRODUCER = PRODUCER_WARP;
-    /* whole tiles: a warp meets a stage again only after its own last use, else parities would be taken for older ones */
+    /* whole tiles: a warp meets a stage again only after its own last use, else parities would be taken for older ones
+     */
     static_assert(N_SEG % PARTS == 0 && STAGES % PARTS == 0 && BYTES % 16 == 0, "whole pieces and tiles");
     const uint8_t *buf;
     uint32_t full, empty; /* shared addresses of barriers */

@@ -35,6 +35,7 @@ static __device__ void choose(float *logit, int n, int k, int32_t *id, float *we
             first = best;
         const float p = expf(best - first);
         sum += p;
+        __syncwarp(); /* all lanes have read the logits */
         if (lane == 0) {
             id[j] = who;
             weight[j] = p;

@@ -16,7 +16,7 @@
 template <class F, int SEG, int N_SEG> struct stream_plan {
     static constexpr int TILE = SEG * N_SEG * F::CHUNK;
     static constexpr int PARTS = N_SEG == 15 ? (TILE > 64 * 1024 ? 15 : TILE > 32 * 1024 ? 5 : 3) : 8;
-    static constexpr int FIT = 98 * 1024 / (TILE / PARTS), STAGES = FIT > PARTS ? FIT / PARTS * PARTS : PARTS;
+    static constexpr int FIT = 98 * 1024 / (TILE / PARTS), STAGES = FIT > PARTS ? FIT / PARTS *PARTS : PARTS;
     using pipe = dec_pipe<F, SEG, N_SEG, PARTS, STAGES, N_SEG>;
     static constexpr int THREADS = (N_SEG + 1) * 32;
 };
