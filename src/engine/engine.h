@@ -88,7 +88,6 @@ void eng_close(eng *e);
 const eng_info *eng_get_info(const eng *e);
 const tok *eng_tok(const eng *e); /* NULL without a tokenizer */
 const arch_config *eng_config(const eng *e);
-arch_model *eng_model(eng *e); /* for logits and parity tools on an idle engine only */
 be_device *eng_device(eng *e);
 
 /* ---- requests ---- */

@@ -301,5 +301,4 @@ void eng_close(eng *e) {
 const eng_info *eng_get_info(const eng *e) { return &e->info; }
 const tok *eng_tok(const eng *e) { return e->tok; }
 const arch_config *eng_config(const eng *e) { return &e->cfg; }
-arch_model *eng_model(eng *e) { return e->model; }
 be_device *eng_device(eng *e) { return e->dev; }
