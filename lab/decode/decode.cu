@@ -261,7 +261,7 @@ static int n_page = 560, sms;
 static cudaStream_t stream;
 static const int64_t LAYER_KV = N_KV * DEC_HEAD_BYTES, PAGE = N_LAYER * LAYER_KV;
 
-__global__ void fold(float *dst, const float *w, const float *g) { // [tile][expert][16]
+__global__ void fold(float *dst, const float *w, const float *g) { // [tile][4][expert][4]
     int i = blockIdx.x * 256 + threadIdx.x;
     if (i < N_EXP * EMBD) {
         int t = i / (N_EXP * 16), e = i / 4 % N_EXP, k = t * 16 + i / (4 * N_EXP) % 4 * 4 + i % 4;
