@@ -10,7 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "backend/cuda/decode_kernels.cuh"
+#include "backend/cuda/decode_attention.cuh"
+#include "backend/cuda/decode_experts.cuh"
+#include "backend/cuda/decode_linear.cuh"
 
 #define CK(x)                                                                                                          \
     do {                                                                                                               \

@@ -1,6 +1,10 @@
-/* backend/cuda/decode.cu: a step of one row of gpt-oss as five fused kernels a layer. The list of commands is matched
- * whole; anything else is left to the launchers of single commands, which compute the same numbers. */
-#include "backend/cuda/decode_kernels.cuh"
+/* backend/cuda/decode.cu: a step of one row of gpt-oss as five fused kernels a layer: norm + qkv + rope + KV write,
+ * attention, out + router sums, route + norm + gate_up + SwiGLU, down. The residual row is finished by whoever reads it
+ * next: down leaves two partial rows, which the next norm adds. The list of commands is matched whole; anything else is
+ * left to the launchers of single commands, which compute the same numbers. */
+#include "backend/cuda/decode_attention.cuh"
+#include "backend/cuda/decode_experts.cuh"
+#include "backend/cuda/decode_linear.cuh"
 
 struct cuda_decode {
     float *xa, *xb;    /* residual row after qkv's norm and after attention's output */

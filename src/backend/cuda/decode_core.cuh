@@ -27,6 +27,45 @@ __device__ __forceinline__ int dec_row_pair64(int tile, int r) { return tile / 4
 
 __device__ __forceinline__ uint32_t dec_smem(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
+/* ---- what all kernels share ---- */
+
+struct dec_matrix {
+    const uint8_t *w;   /* packed */
+    const float *bias;  /* [n_mat][rows], of gate_up [n_mat][gate, up][n_ff]; or NULL */
+    float post;         /* factor of the sums */
+    int n_tile, n_unit; /* per matrix */
+    int64_t mat_bytes;
+};
+
+#define DEC_MAX_TILES 16 /* of a CTA whose biases are kept in shared memory; more are read late */
+
+struct dec_kv {
+    uint8_t *layer;       /* of page 0: pool + the layer's offset */
+    int64_t page_bytes;   /* distance of pages */
+    const int32_t *table; /* [slot][n_entry] */
+    const int32_t *slot;  /* of the row */
+    int n_entry;
+    __device__ __forceinline__ const int32_t *pages() const { return table + (int64_t)__ldcg(slot) * n_entry; }
+};
+#define DEC_HEAD_BYTES 16384 /* K [64 keys][64] then V transposed [64][64 keys], f16 */
+
+/* CTA's share of n things: [first, end). */
+__device__ __forceinline__ int dec_share(int n, int i) { return (int)((int64_t)n * i / gridDim.x); }
+
+/* Carves shared memory; the ring comes first. */
+struct dec_carve {
+    uint8_t *p;
+    __device__ __forceinline__ uint8_t *take(int bytes) {
+        uint8_t *r = p;
+        p += (bytes + 15) / 16 * 16;
+        return r;
+    }
+};
+
+extern __shared__ __align__(128) uint8_t dec_shared[];
+
+/* ---- rings ---- */
+
 /* A warp's ring of STAGES pieces of BYTES, filled by its own asynchronous copies. All lanes call everything together.
  */
 template <int BYTES, int STAGES> struct dec_ring {

@@ -1,0 +1,362 @@
+/* backend/cuda/decode_linear.cuh: the dense products of a decode step: norm + qkv + rope + KV write, out + router sums,
+ * norm + head. */
+#ifndef ORCD_BACKEND_CUDA_DECODE_LINEAR_CUH
+#define ORCD_BACKEND_CUDA_DECODE_LINEAR_CUH
+
+#include "backend/cuda/decode_core.cuh"
+
+struct dec_norm_in {
+    const float *x, *p0, *p1; /* residual row = x + p0 + p1; p0 NULL: x alone */
+    float *x_out;             /* the sum, written by CTA 0; not x. Unused without p0 */
+    const float *gain;
+    float eps;
+    int n_embd; /* <= 4096, a multiple of 4 */
+};
+
+/* Units per ring stage and stages: a third of the shared memory of a multiprocessor stays free for the next kernel. */
+template <class F> struct dec_plan { /* one tile's segment of three units in six or two stages */
+    static constexpr int UNITS = 3, STAGES = 2, OUT_UNITS = 2, OUT_STAGES = 2;
+};
+template <> struct dec_plan<form_f16<1>> { static constexpr int UNITS = 1, STAGES = 3, OUT_UNITS = 1, OUT_STAGES = 3; };
+
+/* A warp's walk over its segment of a list of tiles. Tiles: an object whose next() gives the address of the next tile.
+ */
+template <class F, int SEG, int UNITS, int STAGES> struct dec_feed {
+    static constexpr int PER_TILE = SEG / UNITS, BYTES = UNITS * F::CHUNK;
+    static constexpr int WARP_BYTES = BYTES * STAGES;
+    static_assert(SEG % UNITS == 0, "a segment is whole stages");
+    dec_ring<BYTES, STAGES> ring;
+    const uint8_t *src;
+    int left, part, lane; /* pieces to ask for; the next one's index in its tile */
+
+    __device__ __forceinline__ void open(uint8_t *smem, int n_tile) {
+        int warp = threadIdx.x / 32;
+        lane = threadIdx.x % 32;
+        ring.open(smem + warp * WARP_BYTES);
+        left = n_tile * PER_TILE, part = 0, src = nullptr;
+    }
+    template <class Tiles> __device__ __forceinline__ const uint8_t *source(Tiles &tiles) {
+        if (PER_TILE == 1 || part == 0)
+            src = tiles.next() + threadIdx.x / 32 * SEG * F::CHUNK;
+        else
+            src += BYTES;
+        part = PER_TILE == 1 || part + 1 == PER_TILE ? 0 : part + 1;
+        left--;
+        return src;
+    }
+    template <class Tiles> __device__ __forceinline__ void prime(Tiles &tiles) {
+#pragma unroll 1
+        for (int s = 0; s < STAGES; s++)
+            ring.issue(left > 0 ? source(tiles) : nullptr, lane);
+    }
+    /* acc = the segment's sums of the next tile. */
+    template <class Tiles> __device__ __forceinline__ void tile_sum(Tiles &tiles, const __half *x, float (&acc)[4]) {
+        acc[0] = acc[1] = acc[2] = acc[3] = 0;
+#pragma unroll
+        for (int s = 0; s < PER_TILE; s++) {
+            dec_units<F, UNITS>(ring.wait(), x + s * UNITS * 64, acc, lane);
+            ring.next(left > 0 ? source(tiles) : nullptr, lane);
+        }
+    }
+};
+
+struct dec_tiles_plain { /* tiles at a constant distance */
+    const uint8_t *at;
+    int64_t step;
+    __device__ __forceinline__ const uint8_t *next() {
+        const uint8_t *p = at;
+        at += step;
+        return p;
+    }
+};
+
+/* All tiles of this CTA in groups of G; epi(tile of the list, index in group's sums red, ...) runs on threads per
+ * group. */
+template <int G, class Feed, class Tiles, class Epi>
+__device__ __forceinline__ void dec_tiles(Feed &feed, Tiles &tile, const __half *x, float *red, int n, bool active,
+                                          const Epi &epi) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (!active)
+        dec_async_done();
+    for (int i0 = 0, k = 0; i0 < n; i0 += G, k ^= 1) {
+        float *out = red + k * G * DEC_WARPS * 16;
+        int m = min(G, n - i0);
+        if (active)
+            for (int i = 0; i < m; i++) {
+                float acc[4];
+                feed.tile_sum(tile, x, acc);
+                dec_store(out, i, warp, acc, lane);
+            }
+        __syncthreads();
+        epi(out, i0, m);
+    }
+}
+
+/* xs (f16, shared) = norm of the residual row. Ends with a barrier. */
+template <class Epi>
+__device__ __forceinline__ void dec_norm_row(const dec_norm_in &in, __half *xs, float *ws, Epi &epi) {
+    int tid = threadIdx.x, n4 = in.n_embd / 4;
+    float4 v[2], g[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (tid + i * ROW_THREADS < n4)
+            g[i] = *(const float4 *)(in.gain + 4 * (tid + i * ROW_THREADS));
+    pdl_wait();
+    epi.after_wait();
+    float s = 0;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int at = 4 * (tid + i * ROW_THREADS);
+        if (at < in.n_embd) {
+            v[i] = dec_ld4(in.x + at);
+            if (in.p0) {
+                float4 p = dec_ld4(in.p0 + at), q = dec_ld4(in.p1 + at);
+                v[i].x = v[i].x + p.x + q.x, v[i].y = v[i].y + p.y + q.y;
+                v[i].z = v[i].z + p.z + q.z, v[i].w = v[i].w + p.w + q.w;
+                if (blockIdx.x == 0)
+                    *(float4 *)(in.x_out + at) = v[i];
+            }
+            s = sum_sq4(v[i], s);
+        }
+    }
+    float rs = rms_scale(row_sum(s, ws), in.n_embd, in.eps);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (tid + i * ROW_THREADS < n4)
+            *(uint2 *)(xs + 4 * (tid + i * ROW_THREADS)) = dec_norm4(v[i], rs, g[i]);
+    __syncthreads();
+}
+
+/* ---- norm + linear: qkv and head ---- */
+
+template <class F, int SEG, int G, class Epi>
+__device__ __forceinline__ void dec_norm_linear(const dec_norm_in &in, const dec_matrix &w, Epi &epi) {
+    using plan = dec_plan<F>;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_seg = w.n_unit / SEG;
+    bool active = warp < n_seg;
+    dec_carve c = {dec_shared};
+    dec_feed<F, SEG, plan::UNITS, plan::STAGES> feed;
+    uint8_t *ring = c.take(n_seg * feed.WARP_BYTES);
+    float *red = (float *)c.take(2 * G * DEC_WARPS * 16 * 4);
+    float *ws = (float *)c.take(64);
+    __half *xs = (__half *)c.take(in.n_embd * 2);
+
+    int first = dec_share(w.n_tile, blockIdx.x), n = dec_share(w.n_tile, blockIdx.x + 1) - first;
+    dec_tiles_plain tile = {w.w + (int64_t)first * w.n_unit * F::CHUNK, (int64_t)w.n_unit * F::CHUNK};
+    if (active) {
+        feed.open(ring, n);
+        feed.prime(tile);
+    }
+    epi.before_wait(first, n);
+    dec_norm_row(in, xs, ws, epi);
+    dec_tiles<G>(feed, tile, xs + warp * SEG * 64 + lane % 4 * 8, red, n, active,
+                 [&](const float *sums, int i0, int m) { epi(sums, first + i0, i0, m, n_seg); });
+}
+
+struct dec_rope {
+    const float2 *cs;   /* [32] cos, sin of this position, scaled */
+    const int32_t *pos; /* this row's position */
+};
+
+/* q (f16, after RoPE) and the KV page of one row. Rows: n_head q heads, n_kv k heads, n_kv v heads, of 64, PAIR64. */
+struct dec_qkv_epilogue {
+    dec_matrix w;
+    dec_rope rope;
+    dec_kv kv;
+    int n_head, n_kv;
+    __half *q;
+    float *bias; /* shared [DEC_MAX_TILES][16] */
+    float2 *cs;  /* shared [32] */
+    int64_t *at; /* shared: page's offset, position */
+    bool early;  /* position, rotation and page table are settled before the wait */
+
+    __device__ __forceinline__ void before_wait(int first, int n) {
+        if (early)
+            settle();
+        if (threadIdx.x / 32 == DEC_WARPS - 1)
+            for (int i = threadIdx.x % 32; w.bias && i < min(n, DEC_MAX_TILES) * 16; i += 32)
+                dec_async4(bias + i, w.bias + dec_row_pair64(first + i / 16, i % 8) + i % 16 / 8 * 32);
+    }
+    __device__ __forceinline__ void after_wait() {
+        pdl_launch(); /* late: attention may then read positions and page tables before its wait */
+        if (!early)
+            settle();
+    }
+    __device__ __forceinline__ void settle() {
+        int lane = threadIdx.x - (DEC_WARPS - 1) * 32;
+        if (lane < 0)
+            return;
+        cs[lane] = __ldcg(rope.cs + lane);
+        if (lane == 0) {
+            int pos = __ldcg(rope.pos);
+            at[0] = __ldcg(kv.pages() + pos / 64) * kv.page_bytes;
+            at[1] = pos;
+        }
+    }
+    __device__ __forceinline__ void operator()(const float *sums, int tile0, int i0, int m, int n_seg) {
+        int i = threadIdx.x / 8, r = threadIdx.x % 8;
+        if (i >= m)
+            return;
+        int row = dec_row_pair64(tile0 + i, r), head = row / 64, d = row % 64;
+        float lo = dec_sum(sums, i, r, n_seg) * w.post, hi = dec_sum(sums, i, r + 8, n_seg) * w.post;
+        if (w.bias && i0 + i < DEC_MAX_TILES)
+            lo += bias[(i0 + i) * 16 + r], hi += bias[(i0 + i) * 16 + r + 8];
+        else if (w.bias)
+            lo += w.bias[row], hi += w.bias[row + 32];
+        if (head < n_head + n_kv)
+            rotate(lo, hi, cs[d]);
+        if (head < n_head) {
+            q[row] = __float2half_rn(lo), q[row + 32] = __float2half_rn(hi);
+            return;
+        }
+        int in = (int)at[1] % 64;
+        __half *page = (__half *)(kv.layer + at[0] + (head - n_head) % n_kv * DEC_HEAD_BYTES);
+        if (head < n_head + n_kv)
+            page[in * 64 + d] = __float2half_rn(lo), page[in * 64 + d + 32] = __float2half_rn(hi);
+        else
+            page[4096 + d * 64 + in] = __float2half_rn(lo), page[4096 + (d + 32) * 64 + in] = __float2half_rn(hi);
+    }
+};
+
+template <class F, int SEG>
+__global__ void __launch_bounds__(ROW_THREADS, 2) dec_qkv_kernel(dec_norm_in in, dec_matrix w, dec_rope rope, dec_kv kv,
+                                                                 int n_head, int n_kv, bool early, __half *q) {
+    __shared__ float bias[DEC_MAX_TILES * 16];
+    __shared__ float2 cs[32];
+    __shared__ int64_t at[2];
+    dec_qkv_epilogue epi = {w, rope, kv, n_head, n_kv, q, bias, cs, at, early};
+    dec_norm_linear<F, SEG, 4>(in, w, epi);
+}
+
+/* logits of one row, and per CTA the best (value, id; ties: lower id). */
+struct dec_head_epilogue {
+    dec_matrix w;
+    int n_vocab;
+    float *logits;
+    float top;
+    int id;
+
+    __device__ __forceinline__ void before_wait(int, int) { pdl_launch(); }
+    __device__ __forceinline__ void after_wait() {}
+    __device__ __forceinline__ void operator()(const float *sums, int tile0, int, int m, int n_seg) {
+        int i = threadIdx.x / 16, r = threadIdx.x % 16, row = (tile0 + i) * 16 + r;
+        if (i >= m || row >= n_vocab)
+            return;
+        float v = dec_sum(sums, i, r, n_seg) * w.post;
+        if (w.bias)
+            v += w.bias[row];
+        logits[row] = v;
+        if (v > top || id == INT32_MAX)
+            top = v, id = row; /* rows of a thread ascend */
+    }
+};
+
+template <class F, int SEG>
+__global__ void __launch_bounds__(ROW_THREADS, 2)
+    dec_head_kernel(dec_norm_in in, dec_matrix w, int n_vocab, float *logits,
+                    float2 *best /* [gridDim.x], y: id bits */) {
+    __shared__ float tops[4 * 16];
+    __shared__ int ids[4 * 16];
+    dec_head_epilogue epi = {w, n_vocab, logits, -INFINITY, INT32_MAX};
+    dec_norm_linear<F, SEG, 4>(in, w, epi);
+    float top = epi.top;
+    int id = epi.id;
+    if (threadIdx.x < 64)
+        tops[threadIdx.x] = top, ids[threadIdx.x] = id;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int i = 1; i < 64; i++)
+            if (ids[i] != INT32_MAX && (id == INT32_MAX || tops[i] > top || (tops[i] == top && ids[i] < id)))
+                top = tops[i], id = ids[i];
+        best[blockIdx.x] = make_float2(top, __int_as_float(id));
+    }
+}
+
+/* ---- out: x_out = x + W y + b, and each tile's share of the router's sums ---- */
+
+struct dec_out {
+    const uint16_t *y; /* f16 */
+    const float *x;
+    float *x_out;
+    const float *router; /* [tile][4][n_expert][4]: router weight times the norm's gain */
+    float *route_part;   /* [tile][n_expert] */
+    int n_expert;        /* a multiple of 32 */
+};
+
+template <class F, int SEG> __global__ void __launch_bounds__(ROW_THREADS, 2) dec_out_kernel(dec_out a, dec_matrix w) {
+    using plan = dec_plan<F>;
+    constexpr int G = 2;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_seg = w.n_unit / SEG;
+    bool active = warp < n_seg;
+    dec_carve c = {dec_shared};
+    dec_feed<F, SEG, plan::OUT_UNITS, plan::OUT_STAGES> feed;
+    uint8_t *ring = c.take(n_seg * feed.WARP_BYTES);
+    float *red = (float *)c.take(2 * G * DEC_WARPS * 16 * 4);
+    float *xt = (float *)c.take(2 * G * 16 * 4);
+    __half *ys = (__half *)c.take(n_seg * SEG * 128);
+
+    int step = gridDim.x, n = (w.n_tile - blockIdx.x + step - 1) / step;
+    dec_tiles_plain tile = {w.w + (int64_t)blockIdx.x * w.n_unit * F::CHUNK, (int64_t)step * w.n_unit * F::CHUNK};
+    if (active) {
+        feed.open(ring, n);
+        feed.prime(tile);
+    }
+    int e = threadIdx.x / 16, r = threadIdx.x % 16;
+    float wr = 0;
+    if (n > 0)
+        wr = a.router[(((int64_t)blockIdx.x * 4 + r / 4) * a.n_expert + e) * 4 + r % 4];
+    pdl_launch();
+    pdl_wait();
+    float old = 0, off = 0; /* residual and bias of the thread's row in the first group */
+    if (threadIdx.x < min(n, G) * 16) {
+        int row = (blockIdx.x + threadIdx.x / 16 * step) * 16 + r;
+        old = __ldcg(a.x + row);
+        off = w.bias ? w.bias[row] : 0.f;
+    }
+    __half *own = ys + warp * SEG * 64;
+    if (active)
+        for (int i = lane; i < SEG * 8; i += 32)
+            ((uint4 *)own)[i] = __ldcg((const uint4 *)(a.y + warp * SEG * 64) + i);
+    __syncwarp();
+    int k = 0;
+    dec_tiles<G>(feed, tile, own + lane % 4 * 8, red, n, active, [&](const float *sums, int i0, int m) {
+        float *x16 = xt + k * G * 16;
+        k ^= 1;
+        if (threadIdx.x < m * 16) {
+            int i = threadIdx.x / 16, row = (blockIdx.x + (i0 + i) * step) * 16 + r;
+            float v = dec_sum(sums, i, r, n_seg) * w.post;
+            if (i0 > 0)
+                old = __ldcg(a.x + row), off = w.bias ? w.bias[row] : 0.f;
+            v = old + (v + off);
+            a.x_out[row] = v;
+            x16[threadIdx.x] = v;
+        }
+        __syncthreads();
+        for (int i = 0; i < m; i++)
+            for (int e0 = 0; e0 < a.n_expert; e0 += 32) {
+                int64_t tile = blockIdx.x + (i0 + i) * step, at = tile * a.n_expert + e0 + e;
+                float w16 = wr;
+                if (i0 + i + e0 > 0)
+                    w16 = a.router[((tile * 4 + r / 4) * a.n_expert + e0 + e) * 4 + r % 4];
+                float v = __fmul_rn(w16, x16[i * 16 + r]);
+#pragma unroll
+                for (int d = 8; d; d >>= 1)
+                    v += __shfl_xor_sync(~0u, v, d);
+                if (r == 0)
+                    a.route_part[at] = v;
+            }
+    });
+}
+
+/* ---- shared memory of each kernel, bytes; n_seg = columns / 64 / SEG ---- */
+
+template <class F> constexpr size_t dec_linear_smem(int n_seg, int n_embd) {
+    return (size_t)n_seg * dec_plan<F>::UNITS * dec_plan<F>::STAGES * F::CHUNK + 2 * 4 * DEC_WARPS * 64 + 64 +
+           n_embd * 2;
+}
+template <class F> constexpr size_t dec_out_smem(int n_seg, int n_col) {
+    return (size_t)n_seg * dec_plan<F>::OUT_UNITS * dec_plan<F>::OUT_STAGES * F::CHUNK + 2 * 2 * DEC_WARPS * 64 + 256 +
+           n_col * 2;
+}
+
+#endif
