@@ -100,7 +100,7 @@ struct cuda_kv {
 /* ---- one step ---- */
 
 /* In device memory, at the head of the batch block: everything about a batch that a replayed graph must read. */
-struct cuda_batch {
+struct alignas(16) cuda_batch { /* read in four pieces */
     int32_t n_tok, n_out, n_map;
     int32_t n_one, n_tile; /* rows of sequences with one row; tiles of longer ones */
     int32_t off_token, off_pos, off_slot, off_out, off_map, off_one, off_tile,
@@ -279,7 +279,8 @@ struct cuda_run {
     bool pdl;
     int freq; /* table whose cos and sin are in scratch.rope, -1 none */
     float rope_scale;
-    const int32_t *upload;
+    const int32_t *upload; /* of this step, in host memory */
+    int n_upload;          /* words */
     cudaError_t error;
 };
 

@@ -40,7 +40,7 @@ static __global__ void embed_kernel(embed_table tok, embed_table pos, cuda_array
         id = a.id[-1 - id]; /* what the last step sampled */
     id = id < 0 ? 0 : id >= tok.n_row ? tok.n_row - 1 : id;
     p = p < 0 ? 0 : p >= pos.n_row ? pos.n_row - 1 : p;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < width; i += gridDim.y * blockDim.x) {
         float v = row_value(tok.rows + id * tok.row_bytes, tok.type, i);
         if (pos.rows)
             v += row_value(pos.rows + p * pos.row_bytes, pos.type, i);
@@ -54,9 +54,13 @@ static embed_table table_of(const cuda_weight *w) {
     return {w->rows, w->row_bytes, w->base.n_row, (int)w->rows_type};
 }
 
+/* Blocks of 256 threads that share a row: where there are few, each value has a thread. */
+static unsigned row_parts(int rows, int64_t width) { return rows < 32 ? (unsigned)(width + 255) / 256 : 1; }
+
 void cuda_run_embed(cuda_run *r, const cuda_cmd *c) {
-    cuda_launch(r, embed_kernel, dim3((unsigned)r->shape.rows), dim3(256), 0, table_of(c->w), table_of(c->w2),
-                r->dev->arr, c->y->f32, (int)c->y->base.width);
+    const dim3 grid((unsigned)r->shape.rows, row_parts(r->shape.rows, c->y->base.width));
+    cuda_launch(r, embed_kernel, grid, dim3(256), 0, table_of(c->w), table_of(c->w2), r->dev->arr, c->y->f32,
+                (int)c->y->base.width);
 }
 
 /* ---- norm ---- */
@@ -128,13 +132,13 @@ static __global__ void gather_kernel(cuda_arrays a, const float *x, int n, float
     if (row >= a.batch->n_out)
         return;
     const float *src = x + (int64_t)a.out_row[row] * n;
-    for (int k = threadIdx.x; k < n; k += blockDim.x)
+    for (int k = blockIdx.y * blockDim.x + threadIdx.x; k < n; k += gridDim.y * blockDim.x)
         y[(int64_t)row * n + k] = src[k];
 }
 
 void cuda_run_gather(cuda_run *r, const cuda_cmd *c) {
-    cuda_launch(r, gather_kernel, dim3((unsigned)r->shape.outs), dim3(256), 0, r->dev->arr, c->x->f32,
-                (int)c->x->base.width, c->y->f32);
+    const dim3 grid((unsigned)r->shape.outs, row_parts(r->shape.outs, c->x->base.width));
+    cuda_launch(r, gather_kernel, grid, dim3(256), 0, r->dev->arr, c->x->f32, (int)c->x->base.width, c->y->f32);
 }
 
 /* ---- RoPE ---- */

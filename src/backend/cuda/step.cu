@@ -269,36 +269,53 @@ void cuda_sample(be_step *base, const be_act *logits, const be_sample *row) {
 /* ---- the upload: one block of words in pinned host memory, fetched and spread by the step's first kernel: a copy
  * engine between two steps costs more than the kernel's reads over the bus ---- */
 
-static __global__ void begin_kernel(const int32_t *up /* in host memory */, cuda_arrays a, int32_t *table0,
-                                    int32_t *table1) {
-    const cuda_batch *b = (const cuda_batch *)up;
+/* Where word w of the upload belongs; the last word of a page-table change makes it. */
+static __device__ void begin_put(const cuda_batch &b, const cuda_arrays &a, const int32_t *up, int w, int32_t v,
+                                 int32_t *table0, int32_t *table1) {
+    const int sample = w - b.off_sample, map = w - b.off_map;
+    if (b.off_sample && sample >= 0 && sample < b.n_out * (int)(sizeof(be_sample) / 4)) {
+        ((int32_t *)a.sample)[sample] = v;
+        return;
+    }
+    if (map >= 0 && map < 3 * b.n_map) {
+        if (map % 3 == 2)
+            (up[w - 2] ? table1 : table0)[up[w - 1]] = v;
+        return;
+    }
+    const int off[] = {b.off_token, b.off_pos, b.off_slot, b.off_out, b.off_one, b.off_tile};
+    const int len[] = {b.n_tok, b.n_tok, b.n_tok, b.n_out, b.n_one, 2 * b.n_tile};
+    int32_t *const to[] = {a.token, a.pos, a.slot, a.out_row, a.one, (int32_t *)a.tile};
+#pragma unroll
+    for (int i = 0; i < 6; i++)
+        if (w >= off[i] && w < off[i] + len[i])
+            to[i][w - off[i]] = v;
+}
+
+/* The header and every word are asked for before the first is used: one journey over the bus. */
+static __global__ void begin_kernel(const int32_t *__restrict__ up /* in host memory */, int n_word, cuda_arrays a,
+                                    int32_t *table0, int32_t *table1) {
+    constexpr int AHEAD = 4;
     const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x), n = (int)(gridDim.x * blockDim.x);
     pdl_launch();
+    const cuda_batch b = *(const cuda_batch *)up;
+    for (int w0 = (int)sizeof b / 4 + i; w0 < n_word; w0 += AHEAD * n) {
+        int32_t v[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            v[j] = up[min(w0 + j * n, n_word - 1)];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            if (w0 + j * n < n_word)
+                begin_put(b, a, up, w0 + j * n, v[j], table0, table1);
+    }
     if (i == 0)
-        *a.batch = *b;
-    for (int k = i; k < b->n_tok; k += n) {
-        a.token[k] = up[b->off_token + k];
-        a.pos[k] = up[b->off_pos + k];
-        a.slot[k] = up[b->off_slot + k];
-    }
-    for (int k = i; k < b->n_out; k += n)
-        a.out_row[k] = up[b->off_out + k];
-    for (int k = i; k < b->n_one; k += n)
-        a.one[k] = up[b->off_one + k];
-    for (int k = i; k < 2 * b->n_tile; k += n)
-        ((int32_t *)a.tile)[k] = up[b->off_tile + k];
-    for (int k = i; b->off_sample && k < b->n_out * (int)(sizeof(be_sample) / 4); k += n)
-        ((int32_t *)a.sample)[k] = up[b->off_sample + k];
-    for (int k = i; k < b->n_map; k += n) {
-        const int32_t *m = up + b->off_map + 3 * k;
-        (m[0] ? table1 : table0)[m[1]] = m[2];
-    }
+        *a.batch = b;
 }
 
 void cuda_run_begin(cuda_run *r) {
     bool pdl = r->pdl;
     r->pdl = false; /* the step before still reads what this one writes */
-    cuda_launch(r, begin_kernel, dim3(r->shape.rows > 256 ? 16 : 2), dim3(256), 0, r->upload, r->dev->arr,
+    cuda_launch(r, begin_kernel, dim3(r->shape.rows > 32 ? 16 : 2), dim3(256), 0, r->upload, r->n_upload, r->dev->arr,
                 r->kv ? r->kv->table[0] : (int32_t *)NULL, r->kv ? r->kv->table[1] : (int32_t *)NULL);
     r->pdl = pdl;
 }
@@ -350,7 +367,8 @@ static int reach_of(const be_batch *b) {
     return reach;
 }
 
-static orcd_status fill_upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, orcd_error *err) {
+/* n_word: how long the upload is. */
+static orcd_status fill_upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, int *n_word, orcd_error *err) {
     const be_batch *b = &s->base.batch;
     cuda_kv *kv = (cuda_kv *)s->base.kv;
     const int n_map = kv ? kv->n_map : 0, tok = b->n_tok;
@@ -389,7 +407,7 @@ static orcd_status fill_upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, orc
         memcpy(host + at, kv->map, (size_t)n_map * sizeof *kv->map);
         kv->n_map = 0;
     }
-    at += 3 * n_map;
+    *n_word = at + 3 * n_map;
     *shape = {tok > GRAPH_MAX_ROWS ? tok : bucket(tok), tok > GRAPH_MAX_ROWS ? b->n_out : bucket(b->n_out),
               h->n_one ? reach : 1, bucket(h->n_one), bucket(h->n_tile)};
     h->id_part = (d->id_first + d->n_id_open) % 2;
@@ -526,12 +544,14 @@ done:
 }
 
 /* A graph's first kernel reads this step's upload. */
-static cudaError_t point_graph(cuda_graph *g, const int32_t *upload) {
+static cudaError_t point_graph(cuda_graph *g, const cuda_run *r) {
     cudaKernelNodeParams p;
     cudaError_t e = cudaGraphKernelNodeGetParams(g->begin, &p);
     if (e != cudaSuccess)
         return e;
-    void *arg[4] = {&upload, p.kernelParams[1], p.kernelParams[2], p.kernelParams[3]};
+    const int32_t *upload = r->upload;
+    int n_word = r->n_upload;
+    void *arg[5] = {&upload, &n_word, p.kernelParams[2], p.kernelParams[3], p.kernelParams[4]};
     p.kernelParams = arg;
     return cudaGraphExecKernelNodeSetParams(g->exec, g->begin, &p);
 }
@@ -548,17 +568,18 @@ static orcd_status run(cuda_dev *d, cuda_step *s, orcd_error *err) {
         return orcd_fail(err, ORCD_ERR_ARG, "two steps have sampled ids that were not read yet");
     if (kv && kv->failed != ORCD_OK)
         return orcd_fail(err, kv->failed, "changing the page table or copying a page failed");
-    ORCD_TRY(fill_upload(d, s, &shape, err));
+    int n_word;
+    ORCD_TRY(fill_upload(d, s, &shape, &n_word, err));
     cuda_staging *st = &d->staging[d->next_staging];
     d->next_staging = (d->next_staging + 1) % CUDA_N_STAGING;
-    cuda_run r = {d, kv, d->stream, shape, d->major >= 9, -1, 0.f, st->host, cudaSuccess};
+    cuda_run r = {d, kv, d->stream, shape, d->major >= 9, -1, 0.f, st->host, n_word, cudaSuccess};
     if (s->taps || s->base.batch.n_tok > GRAPH_MAX_ROWS) {
         ORCD_TRY(run_commands(d, s, &r, err));
     } else {
         cuda_graph *g = find_graph(d, s, &shape);
         if (!g)
             ORCD_TRY(record_graph(d, s, &r, &g, err));
-        CUDA_TRY(d, "starting a step", point_graph(g, st->host));
+        CUDA_TRY(d, "starting a step", point_graph(g, &r));
         CUDA_TRY(d, "starting a step", cudaGraphLaunch(g->exec, d->stream));
     }
     CUDA_TRY(d, "starting a step", cudaEventRecord(st->done, d->stream));
