@@ -61,7 +61,7 @@ static void linear_every_type_shape_and_epilogue(void **state) {
     uint64_t seed = 1;
     for (size_t i = 0, n = 0; i < q_count(); i++) {
         q_type type = q_at(i)->type;
-        for (size_t k = 0; k < 3 * ORCD_COUNT(token_counts); k++, n++) {
+        for (size_t k = 0; k < 3 * ORCD_COUNT(token_counts); k += case_step, n++) {
             int n_row = rows[n % ORCD_COUNT(rows)];
             int n_col = q_at(i)->block_len == 256 ? wide[n % ORCD_COUNT(wide)] : cols[n % ORCD_COUNT(cols)];
             op_memory m = {.n = 0};
@@ -210,7 +210,7 @@ static void norm_both_kinds_all_widths(void **state) {
     static const q_type types[] = {Q_F32, Q_BF16, Q_F16};
     uint64_t seed = 5;
     for (size_t i = 0, n = 0; i < ORCD_COUNT(widths); i++) {
-        for (size_t k = 0; k < 3 * ORCD_COUNT(token_counts); k++, n++) {
+        for (size_t k = 0; k < 3 * ORCD_COUNT(token_counts); k += case_step, n++) {
             op_memory m = {.n = 0};
             uint64_t width = (uint64_t)widths[i];
             norm_case c = {
@@ -455,7 +455,7 @@ static void experts_every_type_shape_and_routing(void **state) {
     for (size_t i = 0, n = 0; i < q_count(); i++) {
         q_type type = q_at(i)->type;
         bool k_type = q_at(i)->block_len == 256;
-        for (size_t k = 0; k < ORCD_COUNT(token_counts); k++, n++) {
+        for (size_t k = 0; k < ORCD_COUNT(token_counts); k += case_step, n++) {
             int at = (int)(k_type ? n % ORCD_COUNT(big) : n % ORCD_COUNT(shape));
             int n_embd = k_type ? big[at].n_embd : shape[at].n_embd, n_ff = k_type ? big[at].n_ff : shape[at].n_ff;
             int n_expert = k_type ? big[at].n_expert : shape[at].n_expert;
@@ -534,7 +534,7 @@ static void linear_rows_do_not_depend_on_the_batch(void **state) {
             int64_t n_row, width;
             op_bench b = op_open(tested[k].dev);
             const float *whole = run_linear(&b, &c, &n_row, &width);
-            for (size_t j = 0; j < ORCD_COUNT(token_counts); j++) {
+            for (size_t j = 0; j < ORCD_COUNT(token_counts); j += case_step) {
                 linear_case p = c;
                 for (int at = 0; at<N; at += p.n_tok> 43 ? p.n_tok : 43) { /* of small pieces, a few */
                     p.n_tok = token_counts[j] < N - at ? token_counts[j] : N - at;
@@ -572,7 +572,7 @@ static void expert_rows_do_not_depend_on_the_batch(void **state) {
             int64_t n_row, width;
             op_bench b = op_open(tested[k].dev);
             const float *whole = run_experts(&b, &c, &n_row, &width);
-            for (size_t j = 0; j < ORCD_COUNT(token_counts); j++) {
+            for (size_t j = 0; j < ORCD_COUNT(token_counts); j += case_step) {
                 experts_case p = c;
                 for (int at = 0; at<N; at += p.n_tok> 43 ? p.n_tok : 43) {
                     p.n_tok = token_counts[j] < N - at ? token_counts[j] : N - at;

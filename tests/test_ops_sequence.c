@@ -645,7 +645,7 @@ static const float *run_moe(op_bench *b, const void *arg, int64_t *n_row, int64_
 static void moe_of_2880_with_32_experts(void **state) {
     (void)state;
     uint64_t seed = 60;
-    for (size_t k = 0; k < ORCD_COUNT(token_counts); k++) {
+    for (size_t k = 0; k < ORCD_COUNT(token_counts); k += case_step) {
         op_memory m = {.n = 0};
         moe_case c = {.router.use = BE_USE_LINEAR, .gate_up.use = BE_USE_GATE_UP, .down.use = BE_USE_DOWN};
         c.n_tok = token_counts[k];
