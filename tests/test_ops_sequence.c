@@ -546,7 +546,7 @@ static void model_prefill_decode_and_any_mixture_give_the_same_bits(void **state
     (void)state;
     static const q_type types[][2] = {{Q_BF16, Q_MXFP4}, {Q_Q8_0, Q_Q8_0}, {Q_F32, Q_F16}, {Q_Q5_0, Q_Q4_1}};
     static float whole[ALL_ROWS * MODEL_VOCAB], cut[ALL_ROWS * MODEL_VOCAB];
-    for (size_t i = 0; i < ORCD_COUNT(types); i++) {
+    for (size_t i = 0; i < ORCD_COUNT(types); i += case_step) {
         static model m;
         small_model(&m, 30 + i, types[i][0], types[i][1]);
         for (int k = 0; k < n_tested; k++) {
@@ -568,7 +568,7 @@ static void model_bits_do_not_depend_on_threads_or_repacking(void **state) {
     static const be_params other[] = {{.n_threads = 1}, {.n_threads = 3}, {.n_threads = 2, .no_repack = true}};
     static const q_type types[][2] = {{Q_BF16, Q_MXFP4}, {Q_Q6_K, Q_Q4_K}};
     static float want[ALL_ROWS * MODEL_VOCAB], got[ALL_ROWS * MODEL_VOCAB];
-    for (size_t i = 0; i < ORCD_COUNT(types); i++) {
+    for (size_t i = 0; i < ORCD_COUNT(types); i += case_step) {
         static model m;
         make_model(&m, 40 + i, types[i][0], types[i][1], 256, 8, 2, 64, 256, 8, 4);
         for (int k = 0; k < n_tested; k++) {
@@ -589,7 +589,7 @@ static void fused_operations_equal_their_composition(void **state) {
     (void)state;
     static const q_type types[][2] = {{Q_BF16, Q_MXFP4}, {Q_Q8_0, Q_Q8_0}};
     static float fused[ALL_ROWS * MODEL_VOCAB], plain[ALL_ROWS * MODEL_VOCAB];
-    for (size_t i = 0; i < ORCD_COUNT(types); i++) {
+    for (size_t i = 0; i < ORCD_COUNT(types); i += case_step) {
         static model m;
         small_model(&m, 50 + i, types[i][0], types[i][1]);
         for (int k = 0; k < n_tested; k++) {
