@@ -53,3 +53,12 @@ orcd_status open_engine(const engine_options *o, const char *model, bool need_to
     bar_end(&b);
     return st;
 }
+
+const char *memory_line(const eng_info *i, char *text, size_t cap) {
+    char w[32], k[32], a[32], h[48], f[32], t[32];
+    snprintf(h, sizeof h, i->host_bytes ? " (+ experts in host memory %s)" : "", human_bytes(i->host_bytes, w));
+    snprintf(text, cap, "weights %s%s + KV %s + activations %s; %s of %s stay free", human_bytes(i->weight_bytes, w), h,
+             human_bytes(i->kv_bytes, k), human_bytes(i->act_bytes, a), human_bytes(i->free_bytes, f),
+             human_bytes(i->total_bytes, t));
+    return text;
+}

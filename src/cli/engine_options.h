@@ -81,4 +81,7 @@ eng_params engine_params(const engine_options *o, const char *path);
 orcd_status open_engine(const engine_options *o, const char *model, bool need_tokenizer, eng **out,
                         orcd_error *err) ORCD_MUST_USE;
 
+/* What the model takes of the device, in one line. Returns text. */
+const char *memory_line(const eng_info *i, char *text, size_t cap);
+
 #endif

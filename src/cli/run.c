@@ -173,6 +173,13 @@ static void print_summary(const job *j) {
             human_bytes(peak_rss_bytes(), peak), (unsigned long long)r->seed, term_off());
 }
 
+/* A GPU's memory is planned: what the model took of it. */
+static void print_memory(const eng_info *i) {
+    char line[192];
+    if (strncmp(i->device, "cuda", 4) == 0)
+        fprintf(stderr, "%s%s%s\n", term_dim(), memory_line(i, line, sizeof line), term_off());
+}
+
 static orcd_status generate(const options *o, eng *e, job *j, const ids *prompt, orcd_error *err) {
     eng_ticket ticket;
     eng_request r = {.prompt = prompt->data,
@@ -235,6 +242,7 @@ static int run(const cli_command *c, int argc, char **argv) {
     sem_init(&j.done, 0, 0);
     ORCD_TRY_GOTO(st, done, stop_open(o.stop.s, (size_t)o.stop.n, &j.stops));
     ORCD_TRY_GOTO(st, done, open_engine(&o.engine, model, !o.ids, &e, &err));
+    print_memory(eng_get_info(e));
     j.tok = eng_tok(e);
     ORCD_TRY_GOTO(st, done, read_prompt(&o, text, j.tok, &prompt, &err));
     if (!o.json && !o.ids && !o.file && term_is_tty(STDOUT_FILENO))

@@ -32,15 +32,12 @@ static const cli_option option[] = {
 };
 
 static void print_ready(const options *o, const eng_info *i, const server *s, const char *id) {
-    char w[32], k[32], a[32], h[48], f[32], t[32], ctx[32];
+    char memory[192], ctx[32];
     const char *scheme = o->tls_cert ? "https" : "http";
     int port = server_port(s);
     printf("model    %s: %s, %s\n", id, i->arch, i->quant);
     printf("device   %s\n", i->device);
-    snprintf(h, sizeof h, i->host_bytes ? " (+ experts in host memory %s)" : "", human_bytes(i->host_bytes, w));
-    printf("memory   weights %s%s + KV %s + activations %s; %s of %s stay free\n", human_bytes(i->weight_bytes, w), h,
-           human_bytes(i->kv_bytes, k), human_bytes(i->act_bytes, a), human_bytes(i->free_bytes, f),
-           human_bytes(i->total_bytes, t));
+    printf("memory   %s\n", memory_line(i, memory, sizeof memory));
     printf("context  %s tokens, %d requests at once%s\n", human_count((uint64_t)i->n_ctx, ctx), i->max_batch,
            i->has_harmony ? "" : "; no chat format: completions only");
     printf("ready    %s://%s:%d/v1 after %.1f s (weights at %.1f GB/s); key: %s\n", scheme, o->host, port, i->load_s,
