@@ -298,7 +298,7 @@ enum bound {
     ROPE,
     ATTN_F16, /* a key or value that lies on the edge of two halves may round the other way */
     ATTN_F32,
-    ATTN_F8, /* against the reference's F32 cache; 0 = not offered */
+    ATTN_Q8, /* against the reference's F32 cache; 0 = not offered */
     ROUTE,
     MODEL_DENSE, /* two layers from tokens to logits */
     MODEL_QUANT,
@@ -324,8 +324,8 @@ static const struct bounds {
       [ROUTE] = 1e-5,
       [MODEL_DENSE] = 2e-4,
       [MODEL_QUANT] = 1e-3}},
-    /* activations are halves in products and in attention: 2^-11 a value, 0.03 % in the mean; E4M3 has 3 bits of
-     * mantissa: 2^-4 a value, 2 to 4 % in keys and values */
+    /* activations are halves in products and in attention: 2^-11 a value, 0.03 % in the mean; 8 bits of cache are
+     * off by up to 1/254 of the largest of a head's 64: 0.6 % in the mean on normal data, in keys and in values */
     {"cuda",
      {[EMBED] = 1e-6,
       [NORM] = 1e-3,
@@ -336,7 +336,7 @@ static const struct bounds {
       [ROPE] = 1e-3,
       [ATTN_F16] = 2e-3,
       [ATTN_F32] = 2e-3,
-      [ATTN_F8] = 8e-2,
+      [ATTN_Q8] = 2e-2,
       [ROUTE] = 1e-3,
       [MODEL_DENSE] = 1e-2,
       [MODEL_QUANT] = 1e-2}},

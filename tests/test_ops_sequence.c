@@ -72,7 +72,7 @@ static void attn_step(op_bench *b, const attn_case *c, const be_attn *a, op_batc
 
 static void open_attn_kv(op_bench *b, const attn_case *c) {
     int window[1] = {c->window};
-    be_kv_type type = c->type == BE_KV_F8 && b->ops == ref.ops ? BE_KV_F32 : c->type;
+    be_kv_type type = c->type == BE_KV_Q8 && b->ops == ref.ops ? BE_KV_F32 : c->type;
     op_kv(b, &(be_kv_spec){.n_layer = 1,
                            .n_kv_head = c->n_kv_head,
                            .head_dim = c->head_dim,
@@ -179,10 +179,10 @@ static const attn_case attention_cases[] = {
 
 static void attention_every_shape_and_cache_type(void **state) {
     (void)state;
-    static const enum bound kind[] = {[BE_KV_F16] = ATTN_F16, [BE_KV_F32] = ATTN_F32, [BE_KV_F8] = ATTN_F8};
+    static const enum bound kind[] = {[BE_KV_F16] = ATTN_F16, [BE_KV_F32] = ATTN_F32, [BE_KV_Q8] = ATTN_Q8};
     uint64_t seed = 7;
     for (size_t i = 0; i < ORCD_COUNT(attention_cases); i++) {
-        for (int type = BE_KV_F16; type <= BE_KV_F8; type++) {
+        for (int type = BE_KV_F16; type <= BE_KV_Q8; type++) {
             op_memory m = {.n = 0};
             attn_case c = attention_cases[i];
             be_load sinks = op_vector(&m, &seed, Q_F32, (uint64_t)c.n_head, 1, 1);

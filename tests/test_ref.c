@@ -351,7 +351,7 @@ static void weights_that_do_not_fit_are_refused(void **state) {
     op_free_memory(&m);
 }
 
-static void f8_caches_and_rows_outside_are_refused(void **state) {
+static void q8_caches_and_rows_outside_are_refused(void **state) {
     (void)state;
     int window = 0;
     orcd_error err;
@@ -360,7 +360,7 @@ static void f8_caches_and_rows_outside_are_refused(void **state) {
                        .n_kv_head = 1,
                        .head_dim = 4,
                        .window = &window,
-                       .type = BE_KV_F8,
+                       .type = BE_KV_Q8,
                        .n_slot = 1,
                        .n_ctx = 64,
                        .n_page = {1, 0},
@@ -389,7 +389,7 @@ int main(void) {
         cmocka_unit_test(pages_before_the_window_need_no_mapping),
         cmocka_unit_test(a_token_outside_the_vocabulary_fails_the_step),
         cmocka_unit_test(weights_that_do_not_fit_are_refused),
-        cmocka_unit_test(f8_caches_and_rows_outside_are_refused),
+        cmocka_unit_test(q8_caches_and_rows_outside_are_refused),
     };
     return cmocka_run_group_tests(tests, open_ref, close_ref);
 }

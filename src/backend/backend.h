@@ -81,7 +81,8 @@ typedef struct be_act { /* first member of each backend's own struct */
 #define BE_PAGE 64
 enum { BE_POOL_FULL, BE_POOL_WINDOW, BE_N_POOLS };
 
-typedef enum be_kv_type { BE_KV_F16, BE_KV_F32, BE_KV_F8 } be_kv_type; /* ref and cpu: F16 and F32; F8 is E4M3, cuda */
+/* ref and cpu: F16 and F32. Q8, cuda: 8-bit integers, a scale for each position, KV head, and K and V */
+typedef enum be_kv_type { BE_KV_F16, BE_KV_F32, BE_KV_Q8 } be_kv_type;
 
 /* A page holds K (after RoPE) and V of 64 consecutive positions for ALL layers of its pool: layers without a
  * window live in BE_POOL_FULL, layers with one in BE_POOL_WINDOW. Position p of sequence slot s is in page

@@ -8,7 +8,7 @@
 #include <string.h>
 
 #include "base/bandwidth.h"
-#include "engine/engine.h"
+#include "cli/engine_options.h"
 
 enum { MAX_LIST = 16, MAX_REPS = 100 };
 
@@ -27,7 +27,7 @@ static const cli_option option[] = {
     {"gen", 'n', CLI_INT, offsetof(options, gen), 0, 65536, "N", "decoded tokens a sequence (default 32; 0: none)"},
     {"reps", 'r', CLI_INT, offsetof(options, reps), 1, 100, "N", "repetitions after a warm-up (default 3)"},
     {"chunk", 0, CLI_INT, offsetof(options, chunk), 1, 8192, "N", "prompt tokens per step (default 2048)"},
-    {"kv-type", 0, CLI_CHOICE, offsetof(options, kv_type), 0, 0, "f16|f32|f8", "precision of the KV cache"},
+    {"kv-type", 0, CLI_CHOICE, offsetof(options, kv_type), 0, 0, KV_TYPES},
     {"act-bits", 0, CLI_INT, offsetof(options, act_bits), 8, 16, "8|16", "bits of the activations (cpu; default 16)"},
     {"cpu-experts", 0, CLI_INT, offsetof(options, cpu_experts), 0, 1024, "N",
      "experts of N layers in host memory (cuda)"},
@@ -158,11 +158,8 @@ static orcd_status open_kv(bench *b, be_kv_spec *spec, orcd_error *err) {
 }
 
 static be_kv_spec kv_spec_of(bench *b) {
-    const char *t = b->o->kv_type;
     int n_page = (b->n_ctx + BE_PAGE - 1) / BE_PAGE * b->max_streams;
-    be_kv_spec spec = {.type = strcmp(t, "f32") == 0  ? BE_KV_F32
-                               : strcmp(t, "f8") == 0 ? BE_KV_F8
-                                                      : BE_KV_F16,
+    be_kv_spec spec = {.type = kv_type_of(b->o->kv_type),
                        .n_slot = b->max_streams,
                        .n_ctx = b->n_ctx,
                        .n_page = {n_page, n_page},

@@ -4,6 +4,10 @@
 #include <string.h>
 #include <unistd.h>
 
+be_kv_type kv_type_of(const char *name) {
+    return strcmp(name, "f32") == 0 ? BE_KV_F32 : strcmp(name, "f16") == 0 ? BE_KV_F16 : BE_KV_Q8;
+}
+
 samp_params sampling_of(const sampling_options *o) {
     return (samp_params){.temperature = (float)o->temp,
                          .top_p = (float)o->top_p,
@@ -35,9 +39,7 @@ eng_params engine_params(const engine_options *o, const char *path) {
                         .cache_disk_bytes = (uint64_t)o->cache_disk_mb << 20,
                         .note = o->note ? o->note : print_note,
                         .note_ctx = o->note_ctx,
-                        .kv_type = strcmp(o->kv_type, "f32") == 0  ? BE_KV_F32
-                                   : strcmp(o->kv_type, "f8") == 0 ? BE_KV_F8
-                                                                   : BE_KV_F16};
+                        .kv_type = kv_type_of(o->kv_type)};
 }
 
 orcd_status open_engine(const engine_options *o, const char *model, bool need_tokenizer, eng **out, orcd_error *err) {

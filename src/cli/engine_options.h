@@ -5,6 +5,8 @@
 #include "cli/cli.h"
 #include "engine/engine.h"
 
+#define KV_TYPES "f16|f32|q8|f8", "precision of the KV cache (cuda: q8 too; f8 is its older name)"
+
 typedef struct engine_options {
     const char *device, *tokenizer, *kv_type;
     int64_t threads, ctx, chunk, batch, cpu_experts, act_bits;
@@ -24,7 +26,7 @@ typedef struct engine_options {
         {"ctx", 'c',     CLI_INT, offsetof(owner, member.ctx),                                                         \
          0,     1 << 20, "N",     "context length (default: the largest that fits)"},                                  \
         {"chunk", 0, CLI_INT, offsetof(owner, member.chunk), 0, 8192, "N", "prompt tokens per step"},                  \
-        {"kv-type", 0, CLI_CHOICE, offsetof(owner, member.kv_type), 0, 0, "f16|f32|f8", "precision of the KV cache"},  \
+        {"kv-type", 0, CLI_CHOICE, offsetof(owner, member.kv_type), 0, 0, KV_TYPES},                                   \
         {"cpu-experts",                                                                                                \
          0,                                                                                                            \
          CLI_INT,                                                                                                      \
@@ -74,6 +76,7 @@ typedef struct sampling_options {
         "seed", 's', CLI_U64, offsetof(owner, member.seed), 0, 0, "N", "same seed, same text (default: drawn)"          \
     }
 
+be_kv_type kv_type_of(const char *name); /* one of KV_TYPES */
 samp_params sampling_of(const sampling_options *o);
 eng_params engine_params(const engine_options *o, const char *path);
 

@@ -1,5 +1,5 @@
 /* cli/plan.c: `orcd plan`: what a model would take of each device, what context that leaves, and how fast it can be. */
-#include "cli/cli.h"
+#include "cli/engine_options.h"
 
 #include <jansson.h>
 #include <math.h>
@@ -9,7 +9,6 @@
 
 #include "backend/speed.h"
 #include "base/bandwidth.h"
-#include "engine/engine.h"
 
 enum { MAX_DEVICES = 4, CELLS = 40 };
 
@@ -26,7 +25,7 @@ static const cli_option option[] = {
     {"device", 0, CLI_STR, offsetof(options, device), 0, 0, "auto|cpu|cuda[:N]|ref", "where (default auto: each)"},
     {"memory", 0, CLI_NUM, offsetof(options, memory), 0.001, 1e6, "GIB", "a device with so much free memory instead"},
     {"bandwidth", 0, CLI_NUM, offsetof(options, bandwidth), 0.001, 1e6, "GB/S", "of it, instead of measuring"},
-    {"kv-type", 0, CLI_CHOICE, offsetof(options, kv_type), 0, 0, "f16|f32|f8", "precision of the KV cache"},
+    {"kv-type", 0, CLI_CHOICE, offsetof(options, kv_type), 0, 0, KV_TYPES},
     {"chunk", 0, CLI_INT, offsetof(options, chunk), 0, 8192, "N", "prompt tokens per step"},
     {"cpu-experts", 0, CLI_INT, offsetof(options, cpu_experts), 0, 1024, "N|auto",
      "experts of the last N layers in host memory (cuda; default 0)"},
@@ -95,9 +94,7 @@ static void make_report(const options *o, const char *model, const char *device,
                     .max_batch = (int)o->streams,
                     .chunk = (int)o->chunk,
                     .memory_bytes = (uint64_t)(o->memory * 0x1p30),
-                    .kv_type = strcmp(o->kv_type, "f32") == 0  ? BE_KV_F32
-                               : strcmp(o->kv_type, "f8") == 0 ? BE_KV_F8
-                                                               : BE_KV_F16};
+                    .kv_type = kv_type_of(o->kv_type)};
     *r = (report){.device = device, .rate = o->bandwidth * 1e9};
     orcd_status st = eng_plan_only(&p, &r->p, &r->why);
     if (st == ORCD_ERR_DEVICE || (st == ORCD_ERR_UNSUPPORTED && strncmp(device, "cuda", 4) == 0))

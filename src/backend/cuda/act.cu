@@ -1,5 +1,5 @@
 /* backend/cuda/act.cu: activations and the paged KV cache. */
-#include "backend/cuda/cuda.h"
+#include "backend/cuda/kv.cuh"
 
 #include <new>
 #include <string.h>
@@ -150,15 +150,19 @@ const float *cuda_act_host(be_device *d, const be_act *a) {
 /* ---- KV pages ---- */
 
 static int padded_dim(int head_dim) { return head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : 128; }
-static int elem_bytes(be_kv_type t) { return t == BE_KV_F32 ? 4 : t == BE_KV_F8 ? 1 : 2; }
+static int head_bytes(const be_kv_spec *s) {
+    const int dim = padded_dim(s->head_dim);
+    return s->type == BE_KV_F32  ? kv_head_bytes<float>(dim)
+           : s->type == BE_KV_Q8 ? kv_head_bytes<kv_int8>(dim)
+                                 : kv_head_bytes<__half>(dim);
+}
 
 uint64_t cuda_kv_page_bytes(be_device *d, const be_kv_spec *s, int pool) {
     (void)d;
     uint64_t layers = 0;
     for (int i = 0; i < s->n_layer; i++)
         layers += (s->window[i] ? BE_POOL_WINDOW : BE_POOL_FULL) == pool;
-    return layers * (uint64_t)s->n_kv_head * 2 * BE_PAGE * (uint64_t)padded_dim(s->head_dim) *
-           (uint64_t)elem_bytes(s->type);
+    return layers * (uint64_t)s->n_kv_head * (uint64_t)head_bytes(s);
 }
 
 orcd_status cuda_kv_open(be_device *base, const be_kv_spec *s, be_kv **out, orcd_error *err) {
@@ -175,7 +179,7 @@ orcd_status cuda_kv_open(be_device *base, const be_kv_spec *s, be_kv **out, orcd
     kv->base.spec = *s;
     kv->dev = d;
     kv->dim = padded_dim(s->head_dim);
-    kv->elem = elem_bytes(s->type);
+    kv->head_bytes = head_bytes(s);
     kv->n_entry = (s->n_ctx + BE_PAGE - 1) / BE_PAGE;
     kv->window = (int *)calloc((size_t)s->n_layer, sizeof *kv->window);
     kv->sub = (int *)calloc((size_t)s->n_layer, sizeof *kv->sub);

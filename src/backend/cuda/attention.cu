@@ -5,10 +5,8 @@
  * order, the sink last. One warp does a page for 16 rows; a row here is a query head of a position, the heads that
  * share a KV head beside each other. `one` gives each page of a super-chunk its own warp (sequences with one row),
  * `tile` lets a warp walk all pages of 16 rows (longer runs): the same numbers in the same order. */
-#include "backend/cuda/cuda.h"
+#include "backend/cuda/kv.cuh"
 #include "backend/cuda/math.cuh"
-
-#include <cuda_fp8.h>
 
 #define SUPER 8 /* pages of a super-chunk */
 
@@ -21,6 +19,7 @@ struct attn_args {
     const float *sinks;
     const uint8_t *layer;
     int64_t page_bytes;
+    int head_bytes;
     const int32_t *table;
     int n_entry;
     uint16_t *y;
@@ -40,16 +39,10 @@ static __device__ __forceinline__ uint4 kv_load(const float *p) {
     const float4 a = ((const float4 *)p)[0], b = ((const float4 *)p)[1];
     return make_uint4(f16x2(a.x, a.y), f16x2(a.z, a.w), f16x2(b.x, b.y), f16x2(b.z, b.w));
 }
-static __device__ __forceinline__ uint4 kv_load(const __nv_fp8_e4m3 *p) {
-    const uint2 q = *(const uint2 *)p;
-    uint32_t r[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const __half2_raw h =
-            __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)((i < 2 ? q.x : q.y) >> (i & 1) * 16), __NV_E4M3);
-        r[i] = (uint32_t)h.x | (uint32_t)h.y << 16;
-    }
-    return make_uint4(r[0], r[1], r[2], r[3]);
+static __device__ __forceinline__ uint4 kv_load(const kv_int8 *p) { return kv_unpack(*(const uint2 *)p); }
+
+static __device__ __forceinline__ uint4 and4(uint4 a, uint4 b) {
+    return make_uint4(a.x & b.x, a.y & b.y, a.z & b.z, a.w & b.w);
 }
 
 /* A warp's 16 rows: query position and head of rows g and g + 8; keys that any of the 16 rows sees. */
@@ -84,6 +77,7 @@ static __device__ __forceinline__ void load_q(const attn_args &a, const attn_row
 template <int DIM, class T, bool LOADS_FIRST>
 static __device__ __forceinline__ void do_page(const attn_args &a, const attn_rows &r, const uint4 (&q)[2][DIM / 32],
                                                const T *page, int key0, int lane, attn_part<DIM> &out) {
+    constexpr bool INT8 = sizeof(T) == 1;
     const int g = lane >> 2, t = lane & 3;
     const T *vt = page + BE_PAGE * DIM;
     float s[2][4][4];
@@ -114,6 +108,13 @@ static __device__ __forceinline__ void do_page(const attn_args &a, const attn_ro
                 mma_f16(z, q[0][e].z, q[1][e].z, q[0][e].w, q[1][e].w, v.z, v.w);
             }
         }
+    uint4 scale[INT8 ? 2 : 1][2]; /* K's, V's of the lane's eight keys of a block */
+    if (INT8)
+#pragma unroll
+        for (int b = 0; b < 2; b++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                scale[INT8 ? i : 0][b] = ((const uint4 *)(page + 2 * BE_PAGE * DIM))[i * 8 + b * 4 + t];
     uint32_t p[2][2][4]; /* [rows g, g + 8][block][S tile] */
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -124,6 +125,8 @@ static __device__ __forceinline__ void do_page(const attn_args &a, const attn_ro
             for (int i = 0; i < 8; i++) {
                 const int age = r.pos[h] - (key0 + 32 * b + 8 * t + i);
                 float &z = s[b][i / 2][h * 2 + i % 2];
+                if (INT8)
+                    z *= kv_scale(scale[0][b], i);
                 z = age >= 0 && (a.window == 0 || age < a.window) ? z * a.scale_log2 : -INFINITY;
                 m = fmaxf(m, z);
             }
@@ -144,7 +147,8 @@ static __device__ __forceinline__ void do_page(const attn_args &a, const attn_ro
         out.m[h] = m;
         out.l[h] = l;
     }
-    /* Values that no row sees may be anything, NaN included, and NaN times zero is NaN: clear them. */
+    /* Values that no row sees may be anything, NaN included, and NaN times zero is NaN: clear them. Of 8 bits the
+     * scales are enough. */
     uint4 keep[2];
     const bool whole = key0 >= r.key_low && key0 + BE_PAGE - 1 <= r.key_high;
     for (int b = 0; b < 2; b++) {
@@ -154,6 +158,8 @@ static __device__ __forceinline__ void do_page(const attn_args &a, const attn_ro
             w[i] = (2 * i >= low && 2 * i <= high ? 0xFFFFu : 0) |
                    (2 * i + 1 >= low && 2 * i + 1 <= high ? 0xFFFF0000u : 0);
         keep[b] = make_uint4(w[0], w[1], w[2], w[3]);
+        if (INT8)
+            scale[INT8 ? 1 : 0][b] = and4(scale[INT8 ? 1 : 0][b], keep[b]);
     }
 #pragma unroll
     for (int n = 0; n < DIM / 8; n++) {
@@ -163,8 +169,10 @@ static __device__ __forceinline__ void do_page(const attn_args &a, const attn_ro
         for (int b = 0; b < 2; b++) {
             uint4 v = LOADS_FIRST ? values[LOADS_FIRST ? b : 0][LOADS_FIRST ? n : 0]
                                   : kv_load(vt + (8 * n + g) * BE_PAGE + 32 * b + t * 8);
-            if (!whole)
-                v = make_uint4(v.x & keep[b].x, v.y & keep[b].y, v.z & keep[b].z, v.w & keep[b].w);
+            if (INT8)
+                v = kv_scaled(v, scale[INT8 ? 1 : 0][b]);
+            else if (!whole)
+                v = and4(v, keep[b]);
             mma_f16(o, p[0][b][0], p[1][b][0], p[0][b][1], p[1][b][1], v.x, v.y);
             mma_f16(o, p[0][b][2], p[1][b][2], p[0][b][3], p[1][b][3], v.z, v.w);
         }
@@ -253,8 +261,7 @@ template <int DIM, class T> static __global__ __launch_bounds__(128) void attn_t
         clear_part(all);
         clear_part(super);
         for (int p = from; p <= to; p++) {
-            const T *src =
-                (const T *)(a.layer + (int64_t)max(table[p], 0) * a.page_bytes) + kv_head * 2 * BE_PAGE * DIM;
+            const T *src = (const T *)(a.layer + (int64_t)max(table[p], 0) * a.page_bytes + kv_head * a.head_bytes);
             do_page<DIM, T, false>(a, r, q, src, p * BE_PAGE, lane, page);
             merge_part(super, page);
             if (p % SUPER == SUPER - 1 || p == to) {
@@ -525,7 +532,7 @@ template <int DIM, class T> static __global__ __launch_bounds__(256) void attn_o
         uint4 q[2][DIM / 32];
         load_q<DIM>(a, r, t, q);
         attn_part<DIM> page;
-        const T *src = (const T *)(a.layer + (int64_t)max(id, 0) * a.page_bytes) + kv_head * 2 * BE_PAGE * DIM;
+        const T *src = (const T *)(a.layer + (int64_t)max(id, 0) * a.page_bytes + kv_head * a.head_bytes);
         do_page<DIM, T, DIM <= 64>(a, r, q, src, p * BE_PAGE, lane, page);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -633,8 +640,9 @@ void cuda_run_attention(cuda_run *r, const cuda_cmd *c) {
     a.window = t->window;
     a.scale_log2 = t->scale * 1.44269504088896f;
     a.sinks = t->sinks ? ((const cuda_weight *)t->sinks)->dense : NULL;
-    a.layer = kv->pages[pool] + (int64_t)kv->sub[t->layer] * t->n_kv_head * 2 * BE_PAGE * kv->dim * kv->elem;
+    a.layer = cuda_kv_layer(kv, pool, t->layer);
     a.page_bytes = (int64_t)kv->base.page_bytes[pool];
+    a.head_bytes = kv->head_bytes;
     a.table = kv->table[pool];
     a.n_entry = kv->n_entry;
     a.y = c->y->f16;
@@ -646,8 +654,8 @@ void cuda_run_attention(cuda_run *r, const cuda_cmd *c) {
     a.reach = span < r->shape.reach ? span : r->shape.reach;
     if (kv->base.spec.type == BE_KV_F32)
         launch_dim<float>(r, a, r->shape.ones, r->shape.tiles, a.reach);
-    else if (kv->base.spec.type == BE_KV_F8)
-        launch_dim<__nv_fp8_e4m3>(r, a, r->shape.ones, r->shape.tiles, a.reach);
+    else if (kv->base.spec.type == BE_KV_Q8)
+        launch_dim<kv_int8>(r, a, r->shape.ones, r->shape.tiles, a.reach);
     else
         launch_dim<__half>(r, a, r->shape.ones, r->shape.tiles, a.reach);
 }

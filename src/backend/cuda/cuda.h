@@ -81,12 +81,12 @@ struct cuda_dev;
 struct cuda_kv {
     be_kv base;
     cuda_dev *dev;
-    int *window; /* [n_layer], spec.window's copy */
-    int dim;     /* head_dim rounded up to 32, 64 or 128 */
-    int elem;    /* bytes per value */
-    int *sub;    /* [n_layer] index of the layer in its pool */
+    int *window;    /* [n_layer], spec.window's copy */
+    int dim;        /* head_dim rounded up to 32, 64 or 128 */
+    int head_bytes; /* keys and values of a page, layer and KV head: see kv.cuh */
+    int *sub;       /* [n_layer] index of the layer in its pool */
     int n_sub[BE_N_POOLS];
-    uint8_t *pages[BE_N_POOLS]; /* [n_page][layer of the pool][kv head][K: 64 x dim | V: dim x 64] */
+    uint8_t *pages[BE_N_POOLS]; /* [n_page][layer of the pool][kv head][head_bytes] */
     int32_t *table[BE_N_POOLS]; /* device: [n_slot][n_entry] */
     int n_entry;
     struct cuda_map { /* page-table changes since the last step */
@@ -96,6 +96,11 @@ struct cuda_kv {
     orcd_status failed;
     int32_t *change[BE_N_POOLS]; /* [n_slot][n_entry]: where in map an entry changed last; maybe of an older list */
 };
+
+/* A layer's keys and values in page 0. */
+static inline uint8_t *cuda_kv_layer(const cuda_kv *kv, int pool, int layer) {
+    return kv->pages[pool] + (int64_t)kv->sub[layer] * kv->base.spec.n_kv_head * kv->head_bytes;
+}
 
 /* ---- one step ---- */
 

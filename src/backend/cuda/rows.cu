@@ -1,8 +1,6 @@
 /* backend/cuda/rows.cu: operations that treat rows one by one: embed, norm, RoPE, KV write, gather. */
-#include "backend/cuda/cuda.h"
+#include "backend/cuda/kv.cuh"
 #include "backend/cuda/math.cuh"
-
-#include <cuda_fp8.h>
 
 /* ---- embed ---- */
 
@@ -196,79 +194,97 @@ void cuda_run_rope(cuda_run *r, const cuda_cmd *c) {
 
 /* ---- KV write ---- */
 
-static __device__ __forceinline__ void kv_put(float *p, float v) { *p = v; }
-static __device__ __forceinline__ void kv_put(__half *p, float v) { *p = __ushort_as_half(f16_bits(v)); }
-static __device__ __forceinline__ void kv_put(__nv_fp8_e4m3 *p, float v) { *p = __nv_fp8_e4m3(v); }
+/* Where a layer's keys and values go: a row's page, or page -1. */
+struct kv_layer {
+    uint8_t *at; /* of page 0 */
+    int64_t page_bytes;
+    const int32_t *table;
+    int n_entry, head_bytes, dim;
+};
 
-/* K [64][dim] and V transposed [dim][64] of every kv head; dims past head_dim are zero. */
-template <class T>
-static __global__ void kv_write_kernel(cuda_arrays a, const float *qkv, int width, int n_head, int n_kv, int head_dim,
-                                       int dim, T *layer, int64_t page_elems, const int32_t *table, int n_entry) {
-    pdl_launch();
-    pdl_wait();
-    const int row = blockIdx.x;
-    if (row >= a.batch->n_tok)
-        return;
-    const int pos = a.pos[row], at = pos % BE_PAGE;
-    const int32_t page = table[(int64_t)a.slot[row] * n_entry + pos / BE_PAGE];
-    if (page < 0)
-        return;
-    const float *k = qkv + (int64_t)row * width + (int64_t)n_head * head_dim, *v = k + n_kv * head_dim;
-    T *dst = layer + page * page_elems;
-    for (int i = threadIdx.x; i < n_kv * dim; i += blockDim.x) {
-        const int h = i / dim, d = i % dim;
-        const bool there = d < head_dim;
-        T *head = dst + (int64_t)h * 2 * BE_PAGE * dim;
-        kv_put(head + at * dim + d, there ? k[h * head_dim + d] : 0.f);
-        kv_put(head + BE_PAGE * dim + d * BE_PAGE + at, there ? v[h * head_dim + d] : 0.f);
-    }
+static kv_layer layer_of(const cuda_kv *kv, const be_attn *t) {
+    const int pool = kv->window[t->layer] ? BE_POOL_WINDOW : BE_POOL_FULL;
+    return {cuda_kv_layer(kv, pool, t->layer),
+            (int64_t)kv->base.page_bytes[pool],
+            kv->table[pool],
+            kv->n_entry,
+            kv->head_bytes,
+            kv->dim};
 }
 
-/* Both for one row a block, where pages are as wide as heads. */
+#define KV_WARPS 8 /* of a block, each with one head of the row */
+#define KV_PART 4  /* a lane's dimensions: lane + 32 i */
+
+static __device__ __forceinline__ int kv_head() { return (int)(blockIdx.y * KV_WARPS + threadIdx.x / 32); }
+
+/* head: of the KV heads' keys, then of their values; nothing when the position has no page. */
 template <class T>
-static __global__ void rope_write_kernel(cuda_arrays a, const float2 *cs, float *qkv, int width, int n_head, int n_kv,
-                                         int dim, T *layer, int64_t page_elems, const int32_t *table, int n_entry) {
+static __device__ __forceinline__ void kv_write_head(const cuda_arrays &a, const kv_layer &l, int row, int head,
+                                                     int n_kv, const float (&v)[KV_PART]) {
+    const int pos = a.pos[row];
+    const int32_t page = l.table[(int64_t)a.slot[row] * l.n_entry + pos / BE_PAGE];
+    if (page >= 0)
+        kv_put((T *)(l.at + page * l.page_bytes + (int64_t)(head % n_kv) * l.head_bytes), l.dim, head >= n_kv,
+               pos % BE_PAGE, v);
+}
+
+/* A warp a head of K and V; dims past head_dim are zero. */
+template <class T>
+static __global__ __launch_bounds__(KV_WARPS * 32) void kv_write_kernel(cuda_arrays a, const float *qkv, int width,
+                                                                        int n_head, int n_kv, int head_dim,
+                                                                        kv_layer l) {
     pdl_launch();
     pdl_wait();
-    const int row = blockIdx.x, half = dim / 2;
-    if (row >= a.batch->n_tok)
+    const int row = blockIdx.x, head = kv_head(), lane = threadIdx.x % 32;
+    if (row >= a.batch->n_tok || head >= 2 * n_kv)
         return;
-    const int pos = a.pos[row], at = pos % BE_PAGE;
-    const int32_t page = table[(int64_t)a.slot[row] * n_entry + pos / BE_PAGE];
-    T *dst = layer + max(page, 0) * page_elems;
-    float *x = qkv + (int64_t)row * width;
-    for (int k = threadIdx.x; k < (n_head + 2 * n_kv) * half; k += blockDim.x) {
-        const int head = k / half, d = k % half;
-        float *p = x + head * dim + d;
-        float lo = p[0], hi = p[half];
-        if (head < n_head + n_kv) {
-            rotate(lo, hi, cs[row * 64 + d]);
-            p[0] = lo;
-            p[half] = hi;
-        }
-        if (head < n_head || page < 0)
+    const float *x = qkv + (int64_t)row * width + (int64_t)(n_head + head) * head_dim;
+    float v[KV_PART];
+#pragma unroll
+    for (int i = 0; i < KV_PART; i++)
+        v[i] = lane + 32 * i < head_dim ? x[lane + 32 * i] : 0.f;
+    kv_write_head<T>(a, l, row, head, n_kv, v);
+}
+
+/* Rotation and write, where pages are as wide as heads: a warp a head of Q, K and V. */
+template <class T>
+static __global__ __launch_bounds__(KV_WARPS * 32) void rope_write_kernel(cuda_arrays a, const float2 *cs, float *qkv,
+                                                                          int width, int n_head, int n_kv, kv_layer l) {
+    pdl_launch();
+    pdl_wait();
+    const int row = blockIdx.x, head = kv_head(), lane = threadIdx.x % 32, dim = l.dim, half = dim / 2;
+    if (row >= a.batch->n_tok || head >= n_head + 2 * n_kv)
+        return;
+    float *x = qkv + (int64_t)row * width + head * dim, v[KV_PART];
+#pragma unroll
+    for (int i = 0; i < KV_PART; i++) {
+        const int d = lane + 32 * i;
+        v[i] = d < dim ? x[d] : 0.f;
+        if (head >= n_head + n_kv || d >= dim)
             continue;
-        if (head < n_head + n_kv) {
-            T *to = dst + (int64_t)(head - n_head) * 2 * BE_PAGE * dim + at * dim + d;
-            kv_put(to, lo);
-            kv_put(to + half, hi);
-        } else {
-            T *to = dst + (int64_t)((head - n_head - n_kv) * 2 + 1) * BE_PAGE * dim + d * BE_PAGE + at;
-            kv_put(to, lo);
-            kv_put(to + half * BE_PAGE, hi);
-        }
+        const float other = x[d < half ? d + half : d - half];
+        float lo = d < half ? v[i] : other, hi = d < half ? other : v[i];
+        rotate(lo, hi, cs[row * 64 + d % half]);
+        v[i] = d < half ? lo : hi;
     }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < KV_PART; i++)
+        if (head < n_head + n_kv && lane + 32 * i < dim)
+            x[lane + 32 * i] = v[i];
+    if (head >= n_head)
+        kv_write_head<T>(a, l, row, head - n_head, n_kv, v);
+}
+
+static dim3 kv_grid(const cuda_run *r, int heads) {
+    return dim3((unsigned)r->shape.rows, (unsigned)((heads + KV_WARPS - 1) / KV_WARPS));
 }
 
 template <class T> static void rope_write_typed(cuda_run *r, const cuda_cmd *c) {
     const be_attn *t = &c->attn;
-    const cuda_kv *kv = r->kv;
-    const int pool = kv->window[t->layer] ? BE_POOL_WINDOW : BE_POOL_FULL;
-    T *layer = (T *)kv->pages[pool] + (int64_t)kv->sub[t->layer] * t->n_kv_head * 2 * BE_PAGE * kv->dim;
-    cuda_launch(r, rope_write_kernel<T>, dim3((unsigned)r->shape.rows), dim3(512), 0, r->dev->arr,
+    cuda_launch(r, rope_write_kernel<T>, kv_grid(r, t->n_head + 2 * t->n_kv_head), dim3(KV_WARPS * 32), 0, r->dev->arr,
                 (const float2 *)r->dev->scratch.rope, c->x->f32, (int)c->x->base.width, t->n_head, t->n_kv_head,
-                kv->dim, layer, (int64_t)(kv->base.page_bytes[pool] / sizeof(T)), (const int32_t *)kv->table[pool],
-                kv->n_entry);
+                layer_of(r->kv, t));
 }
 
 bool cuda_can_rope_write(const cuda_run *r, const cuda_cmd *rope, const cuda_cmd *write) {
@@ -280,27 +296,24 @@ void cuda_run_rope_write(cuda_run *r, const cuda_cmd *rope, const cuda_cmd *writ
     cuda_run_rope_table(r, rope);
     if (r->kv->base.spec.type == BE_KV_F32)
         rope_write_typed<float>(r, write);
-    else if (r->kv->base.spec.type == BE_KV_F8)
-        rope_write_typed<__nv_fp8_e4m3>(r, write);
+    else if (r->kv->base.spec.type == BE_KV_Q8)
+        rope_write_typed<kv_int8>(r, write);
     else
         rope_write_typed<__half>(r, write);
 }
 
 template <class T> static void write_typed(cuda_run *r, const cuda_cmd *c) {
     const be_attn *t = &c->attn;
-    const cuda_kv *kv = r->kv;
-    const int pool = kv->window[t->layer] ? BE_POOL_WINDOW : BE_POOL_FULL;
-    T *layer = (T *)kv->pages[pool] + (int64_t)kv->sub[t->layer] * t->n_kv_head * 2 * BE_PAGE * kv->dim;
-    cuda_launch(r, kv_write_kernel<T>, dim3((unsigned)r->shape.rows), dim3(256), 0, r->dev->arr,
-                (const float *)c->x->f32, (int)c->x->base.width, t->n_head, t->n_kv_head, t->head_dim, kv->dim, layer,
-                (int64_t)(kv->base.page_bytes[pool] / sizeof(T)), (const int32_t *)kv->table[pool], kv->n_entry);
+    cuda_launch(r, kv_write_kernel<T>, kv_grid(r, 2 * t->n_kv_head), dim3(KV_WARPS * 32), 0, r->dev->arr,
+                (const float *)c->x->f32, (int)c->x->base.width, t->n_head, t->n_kv_head, t->head_dim,
+                layer_of(r->kv, t));
 }
 
 void cuda_run_kv_write(cuda_run *r, const cuda_cmd *c) {
     if (r->kv->base.spec.type == BE_KV_F32)
         write_typed<float>(r, c);
-    else if (r->kv->base.spec.type == BE_KV_F8)
-        write_typed<__nv_fp8_e4m3>(r, c);
+    else if (r->kv->base.spec.type == BE_KV_Q8)
+        write_typed<kv_int8>(r, c);
     else
         write_typed<__half>(r, c);
 }
