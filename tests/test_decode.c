@@ -152,7 +152,7 @@ typedef struct loaded {
 
 static be_weight *load_if(op_bench *b, const be_load *l) { return l->n_part ? op_load(b, l) : NULL; }
 
-static loaded load_model(op_bench *b, const model *m) {
+static loaded load_model(op_bench *b, const model *m, be_kv_type kv_type) {
     static const int window[MAX_LAYER] = {WINDOW, 0};
     const shape *s = m->s;
     loaded l = {.b = b, .m = m, .embed = op_load(b, &m->embed), .last = op_load(b, &m->last)};
@@ -188,7 +188,7 @@ static loaded load_model(op_bench *b, const model *m) {
                            .n_kv_head = s->n_kv_head,
                            .head_dim = 64,
                            .window = window,
-                           .type = BE_KV_F16,
+                           .type = kv_type,
                            .n_slot = 2,
                            .n_ctx = CTX,
                            .max_tok = STEP,
@@ -347,6 +347,19 @@ static void sampling_ahead(const loaded *l, float *got) {
     }
 }
 
+static void run_on(const subject *on, const model *m, be_kv_type type, float *want, float *got) {
+    const shape *s = m->s;
+    op_bench b = op_open(on->dev);
+    loaded l = load_model(&b, m, type);
+    bool cuda = strcmp(b.ops->name, "cuda") == 0;
+    int before = cuda ? cuda_n_fused(b.dev) : 0;
+    decode_equals_prefill(&l, want, got);
+    sampling_ahead(&l, got);
+    if (cuda && (cuda_n_fused(b.dev) > before) != s->fused)
+        fail_msg("%s: %s", s->name, s->fused ? "the fused step did not run" : "the fused step ran");
+    op_close(&b);
+}
+
 static void run_shape(const shape *s) {
     static model m;
     make_model(&m, s);
@@ -354,15 +367,9 @@ static void run_shape(const shape *s) {
     assert_non_null(want);
     got += ORCD_COUNT(starts) * RUN * (size_t)s->n_vocab;
     for (int i = 0; i < n_tested; i++) {
-        op_bench b = op_open(tested[i].dev);
-        loaded l = load_model(&b, &m);
-        bool cuda = strcmp(b.ops->name, "cuda") == 0;
-        int before = cuda ? cuda_n_fused(b.dev) : 0;
-        decode_equals_prefill(&l, want, got);
-        sampling_ahead(&l, got);
-        if (cuda && (cuda_n_fused(b.dev) > before) != s->fused)
-            fail_msg("%s: %s", s->name, s->fused ? "the fused step did not run" : "the fused step ran");
-        op_close(&b);
+        run_on(&tested[i], &m, BE_KV_F16, want, got);
+        if (tested[i].bound[ATTN_Q8] > 0)
+            run_on(&tested[i], &m, BE_KV_Q8, want, got);
     }
     free(want);
     op_free_memory(&m.memory);

@@ -11,6 +11,7 @@ struct cuda_decode {
     float *p;          /* [2][n_embd] what the experts add */
     float *route_part; /* [n_embd / 16][n_expert] */
     uint16_t *q, *h;   /* f16: rotated query heads; the experts' hidden rows */
+    float *fresh;      /* the row's keys and values, where the cache has 8 bits */
     float2 *best;      /* per CTA of the head */
     int64_t n_embd, n_ff, n_expert, n_q;
 };
@@ -59,7 +60,7 @@ static bool layer_fits(const cuda_run *r, const cuda_cmd *c, const cuda_cmd *fir
 
 static bool match(const cuda_run *r, const cuda_cmd *c, int n, decode_plan *p) {
     *p = {c, c + 1, NULL, NULL, NULL, 0};
-    if (n < 1 + L_COUNT || c[0].op != CUDA_OP_EMBED || c[0].w2 || !r->kv || r->kv->base.spec.type != BE_KV_F16 ||
+    if (n < 1 + L_COUNT || c[0].op != CUDA_OP_EMBED || c[0].w2 || !r->kv || r->kv->base.spec.type == BE_KV_F32 ||
         r->kv->dim != 64 || r->shape.rows != 1 || r->shape.outs > 1)
         return false;
     const cuda_act *x = c[0].y;
@@ -106,8 +107,12 @@ struct decode_run { /* what the launches of a step share */
 static dec_kv kv_of(const cuda_run *r, const be_attn *t) {
     const cuda_kv *kv = r->kv;
     const int pool = kv->window[t->layer] ? BE_POOL_WINDOW : BE_POOL_FULL;
-    return {kv->pages[pool] + (int64_t)kv->sub[t->layer] * t->n_kv_head * DEC_HEAD_BYTES,
-            (int64_t)kv->base.page_bytes[pool], kv->table[pool], r->dev->arr.slot, kv->n_entry};
+    return {cuda_kv_layer(kv, pool, t->layer),
+            (int64_t)kv->base.page_bytes[pool],
+            kv->table[pool],
+            r->dev->arr.slot,
+            kv->n_entry,
+            kv->base.spec.type == BE_KV_Q8 ? r->dev->decode->fresh : NULL};
 }
 
 template <class F> static void run_attention(const decode_run *s, const cuda_cmd *c, const dec_norm_in &in) {
@@ -130,7 +135,7 @@ template <class F> static void run_attention(const decode_run *s, const cuda_cmd
                         r->shape.reach,
                         r->dev->scratch.arrived,
                         c[L_ATTN].y->f16};
-    launch(r, dec_attention_kernel, s->n_sm, 256, DEC_ATTN_SMEM, a);
+    launch(r, kv.fresh ? dec_attention_kernel<kv_int8> : dec_attention_kernel<__half>, s->n_sm, 256, DEC_ATTN_SMEM, a);
 }
 
 template <class F> static void run_out(const decode_run *s, const cuda_cmd *c, const float *x) {
@@ -204,7 +209,7 @@ bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd) {
 /* ---- scratch ---- */
 
 static void free_rows(cuda_dev *dev, cuda_decode *d) {
-    void *all[] = {d->xa, d->xb, d->p, d->route_part, d->q, d->h, d->best};
+    void *all[] = {d->xa, d->xb, d->p, d->route_part, d->q, d->h, d->fresh, d->best};
     for (void *p : all)
         cuda_free(dev, p);
     *d = {};
@@ -226,6 +231,7 @@ orcd_status cuda_decode_reserve(cuda_dev *dev, orcd_error *err) {
     ORCD_TRY(cuda_alloc(dev, &d->p, 2 * embd, "the decode step", err));
     ORCD_TRY(cuda_alloc(dev, &d->route_part, embd / 16 * experts, "the decode step", err));
     ORCD_TRY(cuda_alloc(dev, &d->q, DEC_MAX_Q * 2, "the decode step", err));
+    ORCD_TRY(cuda_alloc(dev, &d->fresh, 2 * DEC_MAX_Q / 8 * sizeof(float), "the decode step", err));
     ORCD_TRY(cuda_alloc(dev, &d->h, (size_t)round_up(dev->want_ff, 64) * DEC_TOP_K * 2, "the decode step", err));
     ORCD_TRY(cuda_alloc(dev, &d->best, DEC_MAX_SM * sizeof(float2), "the decode step", err));
     d->n_embd = dev->want_embd, d->n_ff = dev->want_ff, d->n_expert = dev->want_expert;

@@ -3,6 +3,9 @@
 #define ORCD_BACKEND_CUDA_DECODE_ATTENTION_CUH
 
 #include "backend/cuda/decode_core.cuh"
+#include "backend/cuda/kv.cuh"
+
+#include <type_traits>
 
 #define DEC_CHUNK 512 /* keys of a partial result: eight pages, one a warp */
 
@@ -42,23 +45,33 @@ __device__ __forceinline__ void dec_attn_finish(const dec_attn &a, int head, int
 #define DEC_ATTN_SMEM (8 * 8192 + 8 * 8 * 64 * 4 + 2 * 8 * 8 * 4 + 16)
 
 /* A warp's page of 64 keys: K in registers as B fragments of q K^T, V (transposed) in shared memory, rows of 64 keys
- * whose halves change places in odd rows, which keeps the reads free of bank conflicts. */
-struct dec_page {
-    uint4 k[2][4][2];
-    uint32_t v_at; /* shared */
+ * whose units of 16 bytes change places so that the reads are free of bank conflicts. T: __half or kv_int8. */
+template <class T> struct dec_page {
+    static constexpr bool INT8 = sizeof(T) == 1;
+    static constexpr int ROW = 64 * sizeof(T), ROW_UNITS = ROW / 16, KEYS = 16 / sizeof(T) /* of a unit */;
+    typedef typename std::conditional<INT8, uint2, uint4>::type eight; /* values */
+    eight k[2][4][2];
+    uint4 scale[INT8 ? 2 : 1][2]; /* K's, V's of the lane's eight keys of a block */
+    uint32_t v_at;                /* shared */
     uint8_t *v;
     int lane;
 
-    __device__ __forceinline__ void ask_v(const __half *page) {
+    /* Where unit u of V's row d lies. */
+    static __device__ __forceinline__ int unit_at(int d, int u) {
+        return d * ROW_UNITS + (INT8 ? u ^ (d & 2) : u ^ (d & 1) << 2);
+    }
+    __device__ __forceinline__ void ask_v(const T *page) {
+        const uint4 *v4 = (const uint4 *)(page + 4096);
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            int d = i * 4 + lane / 8, u = lane % 8;
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(v_at + d * 128 + (u ^ (d & 1) << 2) * 16),
-                         "l"(page + 4096 + i * 256 + lane * 8)
-                         : "memory");
+        for (int i = 0; i < 64 * ROW_UNITS / 32; i++) {
+            const int u = i * 32 + lane;
+            asm volatile(
+                "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(v_at + unit_at(u / ROW_UNITS, u % ROW_UNITS) * 16),
+                "l"(v4 + u)
+                : "memory");
         }
     }
-    __device__ __forceinline__ void ask_k(const __half *page) {
+    __device__ __forceinline__ void ask_k(const T *page) {
         int g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int b = 0; b < 2; b++)
@@ -67,8 +80,14 @@ struct dec_page {
 #pragma unroll
                 for (int e = 0; e < 2; e++)
                     k[b][i][e] =
-                        __ldcg((const uint4 *)(page + (32 * b + g / 2 * 8 + 2 * i + g % 2) * 64 + e * 32 + t * 8));
+                        __ldcg((const eight *)(page + (32 * b + g / 2 * 8 + 2 * i + g % 2) * 64 + e * 32 + t * 8));
+        if (INT8)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                scale[INT8 ? i / 2 : 0][i % 2] = __ldcg((const uint4 *)(page + 8192) + i * 4 + t);
     }
+    static __device__ __forceinline__ uint4 halves(uint4 v) { return v; }
+    static __device__ __forceinline__ uint4 halves(uint2 v) { return kv_unpack(v); }
     /* s[b][i]: head g, keys 32 b + 8 t + 2 i, + 1. Four chains at a time; rows 8..15 of A are empty. */
     __device__ __forceinline__ void scores(const uint4 (&q)[2], float2 (&s)[2][4]) {
 #pragma unroll
@@ -76,16 +95,21 @@ struct dec_page {
             float c[4][4] = {{0}};
 #pragma unroll
             for (int e = 0; e < 2; e++) {
+                uint4 w[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    w[i] = halves(k[b][i][e]);
+                    mma_f16(c[i], q[e].x, 0, q[e].y, 0, w[i].x, w[i].y);
+                }
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    mma_f16(c[i], q[e].x, 0, q[e].y, 0, k[b][i][e].x, k[b][i][e].y);
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    mma_f16(c[i], q[e].z, 0, q[e].w, 0, k[b][i][e].z, k[b][i][e].w);
+                    mma_f16(c[i], q[e].z, 0, q[e].w, 0, w[i].z, w[i].w);
             }
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                s[b][i] = make_float2(c[i][0], c[i][1]);
+                s[b][i] = INT8 ? make_float2(c[i][0] * kv_scale(scale[0][b], 2 * i),
+                                             c[i][1] * kv_scale(scale[0][b], 2 * i + 1))
+                               : make_float2(c[i][0], c[i][1]);
         }
     }
     /* Values of keys that the row does not see may be anything, NaN included: cleared. */
@@ -93,21 +117,35 @@ struct dec_page {
         const int last = pos - key0, first = a.window > 0 ? last - a.window + 1 : 0;
         if (first <= 0 && last >= 63)
             return;
-        const int unit = lane % 8 ^ (lane / 8 & 1) << 2; /* of eight keys, in all the lane's rows: d = lane / 8 + 4 i */
-        uint32_t keep[4];
+        if (INT8) { /* their scales are enough */
+            uint32_t *w = (uint32_t *)scale[INT8 ? 1 : 0];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int key = unit * 8 + 2 * i;
-            keep[i] =
-                (key >= first && key <= last ? 0xFFFFu : 0u) | (key + 1 >= first && key + 1 <= last ? 0xFFFF0000u : 0u);
+            for (int i = 0; i < 8; i++)
+                w[i] &= keep(i / 4 * 32 + lane % 4 * 8 + i % 4 * 2, first, last);
+            return;
         }
-        uint4 *at = (uint4 *)v + lane; /* lane % 8 is where that unit lies */
+        const int unit = lane % 8 ^ (lane / 8 & 1) << 2; /* of eight keys, in all the lane's rows: d = lane / 8 + 4 i */
+        uint4 *at = (uint4 *)v + lane;                   /* lane % 8 is where that unit lies */
 #pragma unroll
         for (int i = 0; i < 16; i++) {
             const uint4 w = at[i * 32];
-            at[i * 32] = make_uint4(w.x & keep[0], w.y & keep[1], w.z & keep[2], w.w & keep[3]);
+            const int key = unit * 8;
+            at[i * 32] = make_uint4(w.x & keep(key, first, last), w.y & keep(key + 2, first, last),
+                                    w.z & keep(key + 4, first, last), w.w & keep(key + 6, first, last));
         }
         __syncwarp();
+    }
+    /* Mask of a pair of f16: keys key, key + 1 of first .. last. */
+    static __device__ __forceinline__ uint32_t keep(int key, int first, int last) {
+        return (key >= first && key <= last ? 0xFFFFu : 0u) | (key + 1 >= first && key + 1 <= last ? 0xFFFF0000u : 0u);
+    }
+    /* Keys 32 b + 8 t .. + 7 of V's row d. */
+    __device__ __forceinline__ uint4 values(int d, int b) const {
+        const int t = lane % 4;
+        if (INT8)
+            return kv_scaled(kv_unpack(*(const uint2 *)(v + unit_at(d, 2 * b + t / 2) * 16 + t % 2 * 8)),
+                             scale[INT8 ? 1 : 0][b]);
+        return *(const uint4 *)(v + unit_at(d, 4 * b + t) * 16);
     }
     /* O, m and l of the page into shared memory, from the scores; V is there. */
     __device__ __forceinline__ void finish(const dec_attn &a, float2 (&s)[2][4], int key0, int pos, float *so,
@@ -146,7 +184,7 @@ struct dec_page {
             float o[4] = {0, 0, 0, 0};
 #pragma unroll
             for (int b = 0; b < 2; b++) {
-                const uint4 w = *(const uint4 *)(v + (8 * n + g) * 128 + ((4 * b + t) ^ (g & 1) << 2) * 16);
+                const uint4 w = values(8 * n + g, b);
                 mma_f16(o, p[b][0], 0, p[b][1], 0, w.x, w.y);
                 mma_f16(o, p[b][2], 0, p[b][3], 0, w.z, w.w);
             }
@@ -154,6 +192,16 @@ struct dec_page {
         }
     }
 };
+
+/* By the warp whose page the new position lies in: its key and value join the page. */
+template <class T> __device__ __forceinline__ void dec_store_fresh(const dec_attn &a, T *page, int head, int at) {
+    for (int value = 0; value < 2; value++) {
+        const float *x = a.kv.fresh + (value * a.n_kv + head) * 64 + threadIdx.x % 32;
+        const float row[2] = {__ldcg(x), __ldcg(x + 32)};
+        kv_put(page, 64, value, at, row);
+    }
+    __syncwarp();
+}
 
 /* Counts arrivals of CTAs whose partial results are written; true for all threads of the last one, which may read them.
  */
@@ -173,11 +221,11 @@ __device__ __forceinline__ bool dec_arrive(uint32_t *counter, int n, int *flag) 
 /* Units (kv head, chunk of 512 keys), eight warps: a page each; chunks meet in the last CTA to arrive, in ascending
  * order. Pages before the current position are asked for before the wait: the kernel before this one started us after
  * its own wait, so that they, the page table and the position are settled. */
-__global__ void __launch_bounds__(256, 2) dec_attention_kernel(dec_attn a) {
+template <class T> __global__ void __launch_bounds__(256, 2) dec_attention_kernel(dec_attn a) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = warp, d = lane * 2;
     float *so = (float *)(dec_shared + 8 * 8192), *sm = so + 8 * 8 * 64, *sl = sm + 64;
     int *flag = (int *)(sl + 64);
-    dec_page pg;
+    dec_page<T> pg;
     pg.lane = lane, pg.v = dec_shared + warp * 8192, pg.v_at = dec_smem(pg.v);
     pdl_launch();
     const int32_t *pages = a.kv.pages();
@@ -188,14 +236,20 @@ __global__ void __launch_bounds__(256, 2) dec_attention_kernel(dec_attn a) {
                                  return u < n_unit && index >= low / 64 && index <= pos / 64 ? index : -1;
     };
     auto page_of = [=](int u, int index) {
-        return (const __half *)(a.kv.layer + __ldcg(pages + index) * a.kv.page_bytes + u % a.n_kv * DEC_HEAD_BYTES);
+        return (T *)(a.kv.layer + __ldcg(pages + index) * a.kv.page_bytes + u % a.n_kv * kv_head_bytes<T>(64));
+    };
+    auto ask = [&](int u, T *page, int index) {
+        if constexpr (dec_page<T>::INT8)
+            if (index == pos / 64)
+                dec_store_fresh(a, page, u % a.n_kv, pos % 64);
+        pg.ask_k(page), pg.ask_v(page);
     };
     int u = blockIdx.x, index = index_of(u);
-    const __half *page = index >= 0 ? page_of(u, index) : nullptr;
+    T *page = index >= 0 ? page_of(u, index) : nullptr;
     if (index == pos / 64)
         pdl_wait(); /* this page's last row is the kernel's before */
     if (index >= 0)
-        pg.ask_k(page), pg.ask_v(page);
+        ask(u, page, index);
     pdl_wait();
 #pragma unroll 1
     for (; u < n_unit; u += gridDim.x) {
@@ -215,7 +269,7 @@ __global__ void __launch_bounds__(256, 2) dec_attention_kernel(dec_attn a) {
             sm[warp * 8 + lane] = -INFINITY;
         __syncwarp();
         if (next >= 0)
-            page = page_of(u + gridDim.x, next), pg.ask_k(page), pg.ask_v(page);
+            ask(u + gridDim.x, page_of(u + gridDim.x, next), next);
         index = next;
         __syncthreads();
         dec_soft acc = {-INFINITY, 0, 0, 0};

@@ -45,9 +45,9 @@ struct dec_kv {
     const int32_t *table; /* [slot][n_entry] */
     const int32_t *slot;  /* of the row */
     int n_entry;
+    float *fresh; /* 8 bits: the row's K and V for attention, which stores them, as their scale needs whole heads */
     __device__ __forceinline__ const int32_t *pages() const { return table + (int64_t)__ldcg(slot) * n_entry; }
 };
-#define DEC_HEAD_BYTES 16384 /* K [64 keys][64] then V transposed [64][64 keys], f16 */
 
 /* CTA's share of n things: [first, end). */
 __device__ __forceinline__ int dec_share(int n, int i) { return (int)((int64_t)n * i / gridDim.x); }

@@ -4,6 +4,7 @@
 #define ORCD_BACKEND_CUDA_DECODE_LINEAR_CUH
 
 #include "backend/cuda/decode_core.cuh"
+#include "backend/cuda/kv.cuh"
 
 struct dec_norm_in {
     const float *x, *p0, *p1; /* residual row = x + p0 + p1; p0 NULL: x alone */
@@ -209,8 +210,12 @@ struct dec_qkv_epilogue {
             q[row] = __float2half_rn(lo), q[row + 32] = __float2half_rn(hi);
             return;
         }
+        if (kv.fresh) {
+            kv.fresh[row - n_head * 64] = lo, kv.fresh[row - n_head * 64 + 32] = hi;
+            return;
+        }
         int in = (int)at[1] % 64;
-        __half *page = (__half *)(kv.layer + at[0] + (head - n_head) % n_kv * DEC_HEAD_BYTES);
+        __half *page = (__half *)(kv.layer + at[0] + (head - n_head) % n_kv * kv_head_bytes<__half>(64));
         if (head < n_head + n_kv)
             page[in * 64 + d] = __float2half_rn(lo), page[in * 64 + d + 32] = __float2half_rn(hi);
         else
