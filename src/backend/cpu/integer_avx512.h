@@ -53,27 +53,34 @@ static void NAME(dot_i8)(const uint8_t *panel, int64_t n_col, const void *const 
 
 /* ---- MXFP4 ---- */
 
+/* Few rows: low and high nibbles have sums of their own, so that no product waits for the one before. */
 TILE NAME(mx4_tile)(const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
     const uint8_t *head = panel, *p = panel + cpu_mx4_head(n64);
     const __m512i table = _mm512_load_si512(mx4_table);
     __m512 f[4];
     UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
     for (int64_t b = 0; b < n64; b++, head += 32, p += 512) {
-        __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)head)), a[4][2];
-        UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], cpu_q_c64(x[t], n64)[b]);
+        __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)head)), a[4][2], a2[4][2];
+        UNROLL for (int t = 0; t < T; t++) {
+            NAME(begin_planes)(a[t], cpu_q_c64(x[t], n64)[b]);
+            NAME(begin_planes)(a2[t], 0);
+        }
         UNROLL for (int j = 0; j < 8; j++) {
             __m512i v = _mm512_loadu_si512(p + j * 64), s = mx4_shift(h, j / 4);
-            PREFETCH(p + j * 64, 2048, T);
+            PREFETCH(p + j * 64, 6144, 2, T);
             __m512i lo = _mm512_permutexvar_epi8(mx4_index(v, s), table);
             __m512i hi = _mm512_permutexvar_epi8(mx4_index(_mm512_srli_epi16(v, 4), s), table);
             UNROLL for (int t = 0; t < T; t++) {
                 NAME(dp_planes)(a[t], lo, x[t], n64, b * 64 + j * 8);
-                NAME(dp_planes)(a[t], hi, x[t], n64, b * 64 + j * 8 + 4);
+                NAME(dp_planes)(a2[t], hi, x[t], n64, b * 64 + j * 8 + 4);
             }
         }
         __m512 ws = mx4_scale(h);
-        UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_fmadd_ps(
-            NAME(join_planes)(a[t]), _mm512_mul_ps(ws, _mm512_set1_ps(cpu_q_scale(x[t], n64)[b])), f[t]);
+        UNROLL for (int t = 0; t < T; t++) {
+            UNROLL for (int i = 0; i < PLANES; i++) a[t][i] = _mm512_add_epi32(a[t][i], a2[t][i]);
+            f[t] = _mm512_fmadd_ps(NAME(join_planes)(a[t]),
+                                   _mm512_mul_ps(ws, _mm512_set1_ps(cpu_q_scale(x[t], n64)[b])), f[t]);
+        }
     }
     UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
 }
@@ -165,7 +172,7 @@ TILE NAME(q4k_tile)(const uint8_t *panel, int64_t n64, const void *const *x, con
         UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], 0);
         UNROLL for (int j = 0; j < 4; j++) {
             __m512i v = _mm512_loadu_si512(p + j * 64);
-            PREFETCH(p + j * 64, 4096, T);
+            PREFETCH(p + j * 64, 4096, 3, T);
             __m512i lo = _mm512_and_si512(v, low4), hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), low4);
             UNROLL for (int t = 0; t < T; t++) {
                 NAME(dp_planes)(a[t], lo, x[t], n64, b * 32 + j * 8);
@@ -204,7 +211,7 @@ TILE NAME(q6k_tile)(const uint8_t *panel, int64_t n64, const void *const *x, con
         UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], cpu_q_c16(x[t], n64)[b]);
         UNROLL for (int j = 0; j < 2; j++) {
             __m512i v = _mm512_loadu_si512(p + j * 64);
-            PREFETCH(p + j * 64, 4096, T);
+            PREFETCH(p + j * 64, 4096, 3, T);
             __m512i s0 = j ? high : _mm512_slli_epi16(high, 4),
                     s1 = j ? _mm512_srli_epi16(high, 2) : _mm512_slli_epi16(high, 2);
             __m512i lo = _mm512_or_si512(_mm512_and_si512(v, low4), _mm512_and_si512(s0, bits));

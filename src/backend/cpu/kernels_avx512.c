@@ -15,10 +15,10 @@ static inline __m512i bytes4(const void *p) {
 
 /* Where few rows leave much to compute a byte, the hardware fetches too little in advance. Reading past the end of a
  * panel is what the next one needs. (Not `static inline`: gcc 12 takes such a function for one without effect.) */
-#define PREFETCH(p, ahead, T)                                                                                          \
+#define PREFETCH(p, ahead, locality, T)                                                                                \
     do {                                                                                                               \
         if ((T) <= 4)                                                                                                  \
-            __builtin_prefetch((p) + (ahead));                                                                         \
+            __builtin_prefetch((p) + (ahead), 0, locality);                                                            \
     } while (0)
 
 static inline __m512 half16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
