@@ -51,7 +51,7 @@ static double error_of(const cpu_kernels *k, const q_traits *t, int n_col, int n
     size_t row_bytes = q_row_bytes(t, (size_t)n_col);
     const void *ptr[TOKENS];
     double worst = 0, norm = 0;
-    cpu_pack(fmt, t, f.rows, row_bytes, n_row, n_col, f.row, f.panel);
+    cpu_pack(fmt, t, f.rows, row_bytes, n_row, n_col, f.panel);
     for (int i = 0; i < TOKENS; i++) {
         k->quantise(f.x + i * N_COL, n_col, f.q[i]);
         ptr[i] = cpu_fmt_is_int(fmt) ? (const void *)f.q[i] : (const void *)(f.x + i * N_COL);

@@ -143,7 +143,7 @@ const uint8_t *cpu_panel(const cpu_part *p, int64_t n_col, int64_t mat, int64_t 
 /* pack.c: 16 rows (the missing ones of the last panel are zero) from canonical blocks to a panel. */
 cpu_fmt cpu_fmt_of(q_type t, int64_t n_col);
 void cpu_pack(cpu_fmt f, const q_traits *src, const uint8_t *rows, size_t row_bytes, int n_row, int64_t n_col,
-              float *scratch /* [n_col] */, uint8_t *panel);
+              uint8_t *panel);
 
 /* ops.c */
 cpu_cmd *cpu_record(be_step *s, void (*run)(cpu_step *, cpu_cmd *, int));

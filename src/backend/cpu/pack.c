@@ -1,7 +1,12 @@
+/* From canonical rows to panels. Every format keeps words of 4 bytes of 16 rows side by side, so packing is the
+ * transposition of words, with nibbles and bits put together on the way. It runs at the speed of memory, which makes
+ * it quick to load and bearable to pack a panel each time it is used (no_repack). */
+#include <emmintrin.h>
 #include <string.h>
 
 #include "backend/cpu/internal.h"
-#include "base/half.h"
+
+#define UNROLL _Pragma("GCC unroll 16")
 
 cpu_fmt cpu_fmt_of(q_type t, int64_t n_col) {
     switch (t) {
@@ -24,180 +29,277 @@ cpu_fmt cpu_fmt_of(q_type t, int64_t n_col) {
     }
 }
 
-static uint16_t load16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
+/* The same block of 16 rows. A row that is not there has blocks of zeros, which every type takes for zeros. */
+typedef struct blocks {
+    const uint8_t *at[CPU_PANEL];
+    size_t step[CPU_PANEL];
+} blocks;
 
-static void pack_floats(const q_traits *src, const uint8_t *row, int r, int64_t n_col, float *v, float *panel) {
-    src->unpack(row, v, (size_t)n_col);
-    for (int64_t k = 0; k < n_col; k++)
-        panel[k * 16 + r] = v[k];
-}
+static const uint8_t nothing[256];
 
-static void pack_half(const uint8_t *row, int r, int64_t n_col, uint16_t *panel) {
-    for (int64_t k = 0; k < n_col; k++)
-        panel[k * 16 + r] = load16(row + k * 2);
-}
-
-static void pack_bf16(const uint8_t *row, int r, int64_t n_col, uint16_t *panel) {
-    for (int64_t k = 0; k < n_col; k++)
-        panel[k / 2 * 32 + r * 2 + k % 2] = load16(row + k * 2);
-}
-
-/* The 32 integers and the scale of a block of the types that fit CPU_I8 without loss. */
-static uint16_t block_ints(q_type t, const uint8_t *b, int8_t *v) {
-    if (t == Q_Q8_0) {
-        memcpy(v, b + 2, 32);
-        return load16(b);
+static blocks first_blocks(const uint8_t *rows, size_t row_bytes, int n_row, size_t block_bytes) {
+    blocks b;
+    for (int r = 0; r < CPU_PANEL; r++) {
+        b.at[r] = r < n_row ? rows + (size_t)r * row_bytes : nothing;
+        b.step[r] = r < n_row ? block_bytes : 0;
     }
-    for (int i = 0; i < 16; i++) {
-        int lo = 0, hi = 0;
-        if (t == Q_Q5_0) {
-            uint32_t high = (uint32_t)load16(b + 2) | (uint32_t)load16(b + 4) << 16;
-            lo = (int)((b[6 + i] & 15) | (high >> i & 1) << 4) - 16;
-            hi = (int)(b[6 + i] >> 4 | (high >> (i + 16) & 1) << 4) - 16;
-        } else {
-            lo = (b[2 + i] & 15) - 8;
-            hi = (b[2 + i] >> 4) - 8;
+    return b;
+}
+
+static void next_block(blocks *b) { UNROLL for (int r = 0; r < CPU_PANEL; r++) b->at[r] += b->step[r]; }
+
+/* w[i][q] = word i of rows 4q .. 4q + 3 */
+typedef struct words {
+    __m128i w[4][4];
+} words;
+
+static inline void transpose(const __m128i *row /* [16] */, words *out) {
+    UNROLL for (int q = 0; q < 4; q++, row += 4) {
+        __m128i a = _mm_unpacklo_epi32(row[0], row[1]), b = _mm_unpacklo_epi32(row[2], row[3]);
+        __m128i c = _mm_unpackhi_epi32(row[0], row[1]), d = _mm_unpackhi_epi32(row[2], row[3]);
+        out->w[0][q] = _mm_unpacklo_epi64(a, b);
+        out->w[1][q] = _mm_unpackhi_epi64(a, b);
+        out->w[2][q] = _mm_unpacklo_epi64(c, d);
+        out->w[3][q] = _mm_unpackhi_epi64(c, d);
+    }
+}
+
+/* 16 bytes of every row */
+static inline void load_words(const blocks *b, size_t offset, words *out) {
+    __m128i row[CPU_PANEL];
+    UNROLL for (int r = 0; r < CPU_PANEL; r++) row[r] =
+        _mm_loadu_si128((const __m128i *)(const void *)(b->at[r] + offset));
+    transpose(row, out);
+}
+
+static inline void store64(uint8_t *p, int q, __m128i v) { _mm_storeu_si128((__m128i *)(void *)(p + q * 16), v); }
+
+/* Two groups of 4 columns as the low and high nibbles of a vector, from the low or the high nibbles of their bytes. */
+static inline void put_pair(uint8_t *p, const words *w, int i, bool high) {
+    const __m128i low4 = _mm_set1_epi8(15);
+    UNROLL for (int q = 0; q < 4; q++) {
+        __m128i a = w->w[i][q], b = w->w[i + 1][q];
+        __m128i lo = _mm_and_si128(high ? _mm_srli_epi16(a, 4) : a, low4);
+        __m128i hi = high ? _mm_andnot_si128(low4, b) : _mm_slli_epi16(_mm_and_si128(b, low4), 4);
+        store64(p, q, _mm_or_si128(lo, hi));
+    }
+}
+
+/* ---- floats ---- */
+
+/* A row's word holds columns k (and, in two bytes, k + 1); F16 then wants the rows of one column together. */
+static void put_words(cpu_fmt f, const words *w, int n, uint8_t *panel) {
+    for (int i = 0; i < n; i++, panel += 64)
+        for (int q = 0; q < 4; q += f == CPU_F16 ? 2 : 1) {
+            __m128i a = w->w[i][q];
+            if (f != CPU_F16) {
+                store64(panel, q, a);
+                continue;
+            }
+            __m128i b = w->w[i][q + 1];
+            __m128i even =
+                _mm_packs_epi32(_mm_srai_epi32(_mm_slli_epi32(a, 16), 16), _mm_srai_epi32(_mm_slli_epi32(b, 16), 16));
+            store64(panel, q / 2, even);
+            store64(panel + 32, q / 2, _mm_packs_epi32(_mm_srai_epi32(a, 16), _mm_srai_epi32(b, 16)));
         }
-        v[i] = (int8_t)lo;
-        v[i + 16] = (int8_t)hi;
-    }
-    return load16(b);
 }
 
-static void pack_i8(const q_traits *src, const uint8_t *row, int r, int64_t n_col, uint8_t *panel) {
-    for (int64_t b = 0; b < n_col / 32; b++) {
-        int8_t v[32];
-        uint8_t *p = panel + b / 2 * 1088;
-        uint16_t scale = block_ints(src->type, row + (size_t)b * src->block_bytes, v);
-        memcpy(p + b % 2 * 32 + r * 2, &scale, 2);
-        p += 64 + b % 2 * 512 + r * 4;
-        for (int g = 0; g < 8; g++) {
-            uint32_t four;
-            memcpy(&four, v + g * 4, 4);
-            four ^= 0x80808080u;
-            memcpy(p + g * 64, &four, 4);
-        }
-    }
-}
-
-/* Nibbles of a block of 32 columns, low half first as GGUF's MXFP4 has them (byte i: columns i and i + 16) or two
- * halves of 32 columns in one run of 32 bytes as Q4_K has them: nib[32] in column order. */
-static void put_nibbles(const uint8_t *nib, int r, uint8_t *p) {
-    for (int j = 0; j < 4; j++)
-        for (int i = 0; i < 4; i++)
-            p[j * 64 + r * 4 + i] = (uint8_t)(nib[j * 8 + i] | nib[j * 8 + 4 + i] << 4);
-}
-
-static void pack_mx4(const uint8_t *row, int r, int64_t n_col, uint8_t *panel) {
-    int64_t n64 = cpu_n64(n_col), n32 = n_col / 32;
-    for (int64_t b = 0; b < n64; b++) {
-        const uint8_t *src[2] = {row + b * 34, b * 2 + 1 < n32 ? row + b * 34 + 17 : NULL};
-        int e[2] = {0, 0};
-        for (int h = 0; h < 2; h++) {
-            bool zero = true;
-            for (int i = 1; src[h] && i < 17; i++)
-                zero &= (src[h][i] & 0x77) == 0;
-            if (zero || src[h][0] < 2) /* nothing there, or below the smallest normal float */
-                src[h] = NULL;
+/* 256 columns at a time through a buffer that is zero where rows or columns are missing. */
+static void pack_floats(cpu_fmt f, const q_traits *src, const uint8_t *rows, size_t row_bytes, int n_row, int64_t n_col,
+                        uint8_t *panel) {
+    enum { AT_ONCE = 256 };
+    size_t elem = f == CPU_F32 ? sizeof(float) : sizeof(uint16_t);
+    union {
+        float f[CPU_PANEL][AT_ONCE];
+        uint8_t b[CPU_PANEL * AT_ONCE * sizeof(float)];
+    } v;
+    const uint8_t *end = panel + cpu_panel_bytes(f, n_col);
+    memset(&v, 0, sizeof v);
+    for (int64_t k = 0; k < n_col; k += AT_ONCE) {
+        size_t n = n_col - k < AT_ONCE ? (size_t)(n_col - k) : AT_ONCE;
+        const uint8_t *from = rows + q_row_bytes(src, (size_t)k);
+        blocks b = first_blocks(v.b, AT_ONCE * elem, CPU_PANEL, 16);
+        for (int r = 0; r < n_row; r++, from += row_bytes) {
+            uint8_t *row = v.b + (size_t)r * AT_ONCE * elem;
+            memset(row, 0, AT_ONCE * elem);
+            if (f == CPU_F32)
+                src->unpack(from, v.f[r], n);
             else
-                e[h] = src[h][0];
+                memcpy(row, from, n * elem);
         }
-        if (!src[0])
-            e[0] = src[1] ? e[1] : 2;
-        if (!src[1])
-            e[1] = e[0];
-        int base = e[0] < e[1] ? e[0] : e[1], top = e[0] < e[1] ? e[1] : e[0];
-        for (int h = 0; h < 2; h++) /* more than 15 apart: the smaller is below the rounding of the larger */
-            if (top - e[h] > 15) {
-                src[h] = NULL;
-                e[h] = base = top;
-            }
-        uint16_t head = (uint16_t)(base << 8 | (e[1] - base) << 4 | (e[0] - base));
-        memcpy(panel + b * 32 + r * 2, &head, 2);
-        if (top - base > 3)
-            panel[n64 * 32] = 1;
-        for (int h = 0; h < 2; h++) {
-            uint8_t nib[32] = {0};
-            for (int i = 0; src[h] && i < 16; i++) {
-                nib[i] = src[h][1 + i] & 15;
-                nib[i + 16] = src[h][1 + i] >> 4;
-            }
-            put_nibbles(nib, r, panel + cpu_mx4_head(n64) + b * 512 + h * 256);
+        for (size_t i = 0; i < n * elem; i += 16, next_block(&b)) {
+            words w;
+            int left = (int)((end - panel) / 64);
+            load_words(&b, 0, &w);
+            put_words(f, &w, left < 4 ? left : 4, panel);
+            panel += left < 4 ? left * 64 : 256;
         }
     }
+}
+
+/* ---- integers ---- */
+
+/* The 32 integers of a block of the smaller types that fit CPU_I8 without loss. */
+static void block_ints(q_type t, const uint8_t *b, uint8_t *v) {
+    uint32_t high = 0xffffffff; /* Q4_0: as if the fifth bit of Q5_0 were set */
+    if (t == Q_Q5_0)
+        memcpy(&high, b + 2, 4);
+    const uint8_t *q = b + (t == Q_Q5_0 ? 6 : 2);
+    int offset = t == Q_Q5_0 ? -16 : -24;
+    for (int i = 0; i < 16; i++) {
+        v[i] = (uint8_t)((q[i] & 15) + ((high >> i & 1) << 4) + offset);
+        v[i + 16] = (uint8_t)((q[i] >> 4) + ((high >> (i + 16) & 1) << 4) + offset);
+    }
+}
+
+static void pack_i8(const q_traits *src, blocks b, int64_t n_col, uint8_t *panel) {
+    const __m128i sign = _mm_set1_epi8((char)0x80);
+    bool direct = src->type == Q_Q8_0;
+    uint8_t v[CPU_PANEL][32];
+    blocks ints = first_blocks(v[0], 32, CPU_PANEL, 0);
+    for (int64_t i = 0; i < cpu_n64(n_col) * 2; i++, next_block(&b)) {
+        uint8_t *head = panel + i / 2 * 1088 + i % 2 * 32, *p = panel + i / 2 * 1088 + 64 + i % 2 * 512;
+        if (i * 32 >= n_col)
+            b = first_blocks(NULL, 0, 0, 0);
+        for (int r = 0; r < CPU_PANEL; r++) {
+            memcpy(head + r * 2, b.at[r], 2);
+            if (!direct)
+                block_ints(src->type, b.at[r], v[r]);
+        }
+        for (size_t half = 0; half < 2; half++) {
+            words w;
+            load_words(direct ? &b : &ints, (direct ? 2 : 0) + half * 16, &w);
+            UNROLL for (int j = 0; j < 16; j++) store64(p, j, _mm_xor_si128(w.w[j / 4][j % 4], sign));
+            p += 256;
+        }
+    }
+}
+
+/* A row's two blocks of MXFP4: common exponent and shifts; *v becomes zero where nothing is left. Returns the head. */
+static inline uint16_t mx4_row(const uint8_t *b0, const uint8_t *b1, __m128i *v0, __m128i *v1, uint8_t *wide) {
+    const __m128i digits = _mm_set1_epi8(0x77), zero = _mm_setzero_si128();
+    *v0 = _mm_loadu_si128((const __m128i *)(const void *)(b0 + 1));
+    *v1 = _mm_loadu_si128((const __m128i *)(const void *)(b1 + 1));
+    int e0 = b0[0], e1 = b1[0];
+    /* nothing there, or below the smallest normal float */
+    bool no0 = e0 < 2 || _mm_movemask_epi8(_mm_cmpeq_epi8(_mm_and_si128(*v0, digits), zero)) == 0xffff;
+    bool no1 = e1 < 2 || _mm_movemask_epi8(_mm_cmpeq_epi8(_mm_and_si128(*v1, digits), zero)) == 0xffff;
+    /* more than 15 apart: the smaller is below the rounding of the larger */
+    no0 |= !no1 && e1 - e0 > 15;
+    no1 |= !no0 && e0 - e1 > 15;
+    if (no0) {
+        *v0 = zero;
+        e0 = no1 ? 2 : e1;
+    }
+    if (no1) {
+        *v1 = zero;
+        e1 = e0;
+    }
+    int base = e0 < e1 ? e0 : e1;
+    *wide |= e0 - base > 3 || e1 - base > 3;
+    return (uint16_t)(base << 8 | (e1 - base) << 4 | (e0 - base));
+}
+
+static void pack_mx4(blocks b, int64_t n_col, uint8_t *panel) {
+    int64_t n64 = cpu_n64(n_col);
+    uint8_t *head = panel, *p = panel + cpu_mx4_head(n64), wide = 0;
+    for (int64_t i = 0; i < n64; i++, head += 32) {
+        __m128i row[2][CPU_PANEL];
+        blocks first = b;
+        next_block(&b);
+        if (i * 64 + 32 >= n_col)
+            b = first_blocks(NULL, 0, 0, 0);
+        for (int r = 0; r < CPU_PANEL; r++) {
+            uint16_t h = mx4_row(first.at[r], b.at[r], &row[0][r], &row[1][r], &wide);
+            memcpy(head + r * 2, &h, 2);
+        }
+        next_block(&b);
+        for (int half = 0; half < 2; half++, p += 256) {
+            words w;
+            transpose(row[half], &w);
+            for (int j = 0; j < 4; j++)
+                put_pair(p + j * 64, &w, j % 2 * 2, j >= 2);
+        }
+    }
+    memset(head, 0, (size_t)(panel + cpu_mx4_head(n64) - head));
+    *head = wide;
 }
 
 /* d, dmin, 12 bytes of 6-bit scales and minima, 128 bytes of nibbles */
-static void pack_q4k(const uint8_t *row, int r, int64_t n_col, uint8_t *panel) {
-    for (int64_t s = 0; s < n_col / 256; s++, row += 144, panel += 2368) {
-        memcpy(panel + r * 2, row, 2);
-        memcpy(panel + 32 + r * 2, row + 2, 2);
-        const uint8_t *q = row + 4;
-        for (int b = 0; b < 8; b++) {
-            int sc = b < 4 ? q[b] & 63 : (q[b + 4] & 15) | q[b - 4] >> 6 << 4;
-            int mn = b < 4 ? q[b + 4] & 63 : q[b + 4] >> 4 | q[b] >> 6 << 4;
-            panel[64 + b * 16 + r] = (uint8_t)sc;
-            panel[192 + b * 16 + r] = (uint8_t)mn;
-            uint8_t nib[32];
-            for (int i = 0; i < 32; i++)
-                nib[i] = b % 2 ? row[16 + b / 2 * 32 + i] >> 4 : row[16 + b / 2 * 32 + i] & 15;
-            put_nibbles(nib, r, panel + 320 + b * 256);
+static void pack_q4k(blocks s, int64_t n_col, uint8_t *panel) {
+    for (int64_t i = 0; i < n_col / 256; i++, panel += 2368, next_block(&s)) {
+        for (int r = 0; r < CPU_PANEL; r++) {
+            const uint8_t *q = s.at[r] + 4;
+            memcpy(panel + r * 2, s.at[r], 2);
+            memcpy(panel + 32 + r * 2, s.at[r] + 2, 2);
+            for (int b = 0; b < 8; b++) {
+                int sc = b < 4 ? q[b] & 63 : (q[b + 4] & 15) | q[b - 4] >> 6 << 4;
+                int mn = b < 4 ? q[b + 4] & 63 : q[b + 4] >> 4 | q[b] >> 6 << 4;
+                panel[64 + b * 16 + r] = (uint8_t)sc;
+                panel[192 + b * 16 + r] = (uint8_t)mn;
+            }
         }
+        for (int b = 0; b < 8; b++) /* 16 columns of two blocks, in low and high nibbles */
+            for (int half = 0; half < 2; half++) {
+                words w;
+                load_words(&s, (size_t)(16 + b / 2 * 32 + half * 16), &w);
+                put_pair(panel + 320 + b * 256 + half * 128, &w, 0, b % 2);
+                put_pair(panel + 320 + b * 256 + half * 128 + 64, &w, 2, b % 2);
+            }
+    }
+}
+
+/* Two bits of 16 columns: bits 2f and 2f + 1 of a byte are group f's. */
+static inline void put_high_bits(uint8_t *p, const words *w, int shift) {
+    const __m128i two = _mm_set1_epi8(3);
+    UNROLL for (int q = 0; q < 4; q++) {
+        __m128i v = _mm_setzero_si128();
+        UNROLL for (int f = 0; f < 4; f++) v =
+            _mm_or_si128(v, _mm_slli_epi16(_mm_and_si128(_mm_srli_epi16(w->w[f][q], shift), two), 2 * f));
+        store64(p, q, v);
     }
 }
 
 /* 128 bytes of low nibbles, 64 of high bits, 16 scales, d */
-static void pack_q6k(const uint8_t *row, int r, int64_t n_col, uint8_t *panel) {
-    for (int64_t s = 0; s < n_col / 256; s++, row += 210, panel += 3392) {
-        memcpy(panel + r * 2, row + 208, 2);
-        for (int b = 0; b < 16; b++)
-            panel[64 + b * 16 + r] = row[192 + b];
-        for (int b = 0; b < 8; b++) { /* block b of 32 columns: quarter b % 4 of half b / 4 */
-            const uint8_t *low = row + b / 4 * 64 + b % 2 * 32, *high = row + 128 + b / 4 * 32;
-            uint8_t nib[32];
-            for (int i = 0; i < 32; i++)
-                nib[i] = b % 4 < 2 ? low[i] & 15 : low[i] >> 4;
-            put_nibbles(nib, r, panel + 320 + b * 256);
-            for (int i = 0; i < 32; i++) {
-                int two = high[i] >> (b % 4 * 2) & 3, g = i / 4;
-                panel[320 + 2048 + b * 128 + g / 4 * 64 + r * 4 + i % 4] |= (uint8_t)(two << (g % 4 * 2));
-            }
+static void pack_q6k(blocks s, int64_t n_col, uint8_t *panel) {
+    for (int64_t i = 0; i < n_col / 256; i++, panel += 3392, next_block(&s)) {
+        memset(panel + 32, 0, 32);
+        for (int r = 0; r < CPU_PANEL; r++) {
+            memcpy(panel + r * 2, s.at[r] + 208, 2);
+            for (int b = 0; b < 16; b++)
+                panel[64 + b * 16 + r] = s.at[r][192 + b];
         }
+        for (int b = 0; b < 8; b++) /* block b of 32 columns: quarter b % 4 of half b / 4 */
+            for (int half = 0; half < 2; half++) {
+                words w;
+                uint8_t *p = panel + 320 + b * 256 + half * 128;
+                load_words(&s, (size_t)(b / 4 * 64 + b % 2 * 32 + half * 16), &w);
+                put_pair(p, &w, 0, b % 4 >= 2);
+                put_pair(p + 64, &w, 2, b % 4 >= 2);
+                load_words(&s, (size_t)(128 + b / 4 * 32 + half * 16), &w);
+                put_high_bits(panel + 320 + 2048 + b * 128 + half * 64, &w, b % 4 * 2);
+            }
     }
 }
 
 void cpu_pack(cpu_fmt f, const q_traits *src, const uint8_t *rows, size_t row_bytes, int n_row, int64_t n_col,
-              float *scratch, uint8_t *panel) {
-    memset(panel, 0, cpu_panel_bytes(f, n_col));
-    if (f == CPU_I8 && n_row < CPU_PANEL) /* a stored byte is weight + 128, though the scale is zero anyway */
-        for (int64_t b = 0; b < cpu_n64(n_col); b++)
-            memset(panel + b * 1088 + 64, 0x80, 1024);
-    if (f == CPU_MX4) /* exponent 2 everywhere: a scale that is a normal float */
-        for (int64_t i = 0; i < cpu_n64(n_col) * 16; i++)
-            panel[i * 2 + 1] = 2;
-    for (int r = 0; r < n_row; r++, rows += row_bytes) {
-        switch (f) {
-        case CPU_F32:
-            pack_floats(src, rows, r, n_col, scratch, (float *)panel);
-            break;
-        case CPU_F16:
-            pack_half(rows, r, n_col, (uint16_t *)panel);
-            break;
-        case CPU_BF16:
-            pack_bf16(rows, r, n_col, (uint16_t *)panel);
-            break;
-        case CPU_I8:
-            pack_i8(src, rows, r, n_col, panel);
-            break;
-        case CPU_MX4:
-            pack_mx4(rows, r, n_col, panel);
-            break;
-        case CPU_Q4K:
-            pack_q4k(rows, r, n_col, panel);
-            break;
-        default:
-            pack_q6k(rows, r, n_col, panel);
-            break;
-        }
+              uint8_t *panel) {
+    blocks b = first_blocks(rows, row_bytes, n_row, src->block_bytes);
+    switch (f) {
+    case CPU_I8:
+        pack_i8(src, b, n_col, panel);
+        break;
+    case CPU_MX4:
+        pack_mx4(b, n_col, panel);
+        break;
+    case CPU_Q4K:
+        pack_q4k(b, n_col, panel);
+        break;
+    case CPU_Q6K:
+        pack_q6k(b, n_col, panel);
+        break;
+    default:
+        pack_floats(f, src, rows, row_bytes, n_row, n_col, panel);
+        break;
     }
 }

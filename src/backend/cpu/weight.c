@@ -59,7 +59,7 @@ typedef struct packing {
 
 enum { PACK_RUN = 8 }; /* panels taken at a time */
 
-static void pack_rows(packing *p, int64_t mat, int64_t row, int n, uint8_t *rows, float *scratch, uint8_t *panel) {
+static void pack_rows(packing *p, int64_t mat, int64_t row, int n, uint8_t *rows, uint8_t *panel) {
     const mf_tensor *t = p->src;
     size_t row_bytes = mf_row_bytes(t);
     const uint8_t *from = rows;
@@ -67,7 +67,7 @@ static void pack_rows(packing *p, int64_t mat, int64_t row, int n, uint8_t *rows
         from = t->data + ((size_t)mat * t->n_row + (size_t)row) * row_bytes;
     else
         mf_rows(t, (uint64_t)mat, (uint64_t)row, (uint64_t)n, rows);
-    cpu_pack(p->part->fmt, p->part->src, from, row_bytes, n, (int64_t)t->n_col, scratch, panel);
+    cpu_pack(p->part->fmt, p->part->src, from, row_bytes, n, (int64_t)t->n_col, panel);
 }
 
 static void pack_thread(void *arg, int thread, int n_threads) {
@@ -77,17 +77,15 @@ static void pack_thread(void *arg, int thread, int n_threads) {
     cpu_part *part = p->part;
     size_t row_bytes = mf_row_bytes(p->src);
     uint8_t *rows = p->src->data ? NULL : malloc(row_bytes * CPU_PANEL);
-    float *scratch = malloc(p->src->n_col * sizeof *scratch);
     int64_t total = part->n_panel * (int64_t)p->src->n_mat;
-    if ((rows || p->src->data) && scratch)
+    if (rows || p->src->data)
         for (int64_t i; (i = atomic_fetch_add(&p->next, PACK_RUN)) < total;)
             for (int64_t j = i; j < i + PACK_RUN && j < total; j++) {
                 int64_t row = j % part->n_panel * CPU_PANEL, left = part->n_row - row;
-                pack_rows(p, j / part->n_panel, row, left < CPU_PANEL ? (int)left : CPU_PANEL, rows, scratch,
+                pack_rows(p, j / part->n_panel, row, left < CPU_PANEL ? (int)left : CPU_PANEL, rows,
                           part->data + (size_t)j * part->panel_bytes);
             }
     free(rows);
-    free(scratch);
 }
 
 static orcd_status load_part(cpu_device *d, be_use use, const mf_tensor *t, cpu_part *part, orcd_error *err) {
@@ -204,6 +202,6 @@ const uint8_t *cpu_panel(const cpu_part *p, int64_t n_col, int64_t mat, int64_t 
     size_t row_bytes = q_row_bytes(p->src, (size_t)n_col);
     const uint8_t *rows = (p->rows ? p->rows : p->file.data) + (size_t)(mat * p->n_row + index * CPU_PANEL) * row_bytes;
     int64_t left = p->n_row - index * CPU_PANEL;
-    cpu_pack(p->fmt, p->src, rows, row_bytes, left < CPU_PANEL ? (int)left : CPU_PANEL, n_col, l->row, l->panel);
+    cpu_pack(p->fmt, p->src, rows, row_bytes, left < CPU_PANEL ? (int)left : CPU_PANEL, n_col, l->panel);
     return l->panel;
 }
