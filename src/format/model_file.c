@@ -452,17 +452,28 @@ void mf_rows(const mf_tensor *t, uint64_t mat, uint64_t row0, uint64_t n, void *
     }
 }
 
-static void release(const uint8_t *p, uint64_t n) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    uintptr_t begin = ((uintptr_t)p + page - 1) & ~(page - 1), end = ((uintptr_t)p + n) & ~(page - 1);
+/* Advice about the pages that lie inside, or (inner false) that touch, n bytes. Failure changes nothing. */
+static void advise(const uint8_t *p, uint64_t n, bool inner, int advice) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), more = page - 1;
+    uintptr_t begin = ((uintptr_t)p + (inner ? more : 0)) & ~more,
+              end = ((uintptr_t)p + n + (inner ? 0 : more)) & ~more;
     if (begin < end)
-        (void)madvise((void *)begin, end - begin, MADV_DONTNEED); /* only advice: failure changes nothing */
+        (void)madvise((void *)begin, end - begin, advice);
+}
+
+void mf_expect(const mf_tensor *t, uint64_t mat, uint64_t row0, uint64_t n) {
+#ifdef MADV_POPULATE_READ
+    const struct mf_view *v = &t->view;
+    if (!v->transposed && v->row_step == 1) /* one call instead of a fault for every 64 KiB */
+        advise(v->base + mat * v->mat_bytes + (v->row_first + row0) * v->row_bytes, n * v->row_bytes, false,
+               MADV_POPULATE_READ);
+#endif
 }
 
 void mf_release(const mf_tensor *t) {
-    release(t->view.base, t->n_mat * t->view.mat_bytes);
+    advise(t->view.base, t->n_mat * t->view.mat_bytes, true, MADV_DONTNEED);
     if (t->view.scales)
-        release(t->view.scales, t->n_mat * t->view.scale_mat_bytes);
+        advise(t->view.scales, t->n_mat * t->view.scale_mat_bytes, true, MADV_DONTNEED);
 }
 
 /* Block by block, so that no memory is needed whatever the row's length. */

@@ -73,6 +73,8 @@ orcd_status mf_transpose(const mf_tensor *t, mf_tensor *out, orcd_error *err) OR
 size_t mf_row_bytes(const mf_tensor *t);
 /* Write rows [row0, row0 + n) of matrix `mat` to dst in canonical form. In range by contract (asserted). */
 void mf_rows(const mf_tensor *t, uint64_t mat, uint64_t row0, uint64_t n, void *dst);
+/* These rows are read next, from their beginning: lets the system map them at once. */
+void mf_expect(const mf_tensor *t, uint64_t mat, uint64_t row0, uint64_t n);
 /* The rows were copied elsewhere and will not be read again soon: lets the system drop them from this process. */
 void mf_release(const mf_tensor *t);
 /* All values of a small tensor (norms, biases) as float, n_mat * n_row * n_col of them. */

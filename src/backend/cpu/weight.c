@@ -75,16 +75,19 @@ static void pack_thread(void *arg, int thread, int n_threads) {
     (void)n_threads;
     packing *p = arg;
     cpu_part *part = p->part;
-    size_t row_bytes = mf_row_bytes(p->src);
-    uint8_t *rows = p->src->data ? NULL : malloc(row_bytes * CPU_PANEL);
-    int64_t total = part->n_panel * (int64_t)p->src->n_mat;
+    uint8_t *rows = p->src->data ? NULL : malloc(mf_row_bytes(p->src) * CPU_PANEL);
+    int64_t runs = (part->n_panel + PACK_RUN - 1) / PACK_RUN, total = runs * (int64_t)p->src->n_mat;
     if (rows || p->src->data)
-        for (int64_t i; (i = atomic_fetch_add(&p->next, PACK_RUN)) < total;)
-            for (int64_t j = i; j < i + PACK_RUN && j < total; j++) {
-                int64_t row = j % part->n_panel * CPU_PANEL, left = part->n_row - row;
-                pack_rows(p, j / part->n_panel, row, left < CPU_PANEL ? (int)left : CPU_PANEL, rows,
-                          part->data + (size_t)j * part->panel_bytes);
+        for (int64_t i; (i = atomic_fetch_add(&p->next, 1)) < total;) {
+            int64_t mat = i / runs, first = i % runs * PACK_RUN, row = first * CPU_PANEL;
+            int64_t left = part->n_row - row, most = PACK_RUN * CPU_PANEL;
+            uint8_t *panel = part->data + (size_t)(mat * part->n_panel + first) * part->panel_bytes;
+            mf_expect(p->src, (uint64_t)mat, (uint64_t)row, (uint64_t)(left < most ? left : most));
+            for (; left > 0 && most > 0; left -= CPU_PANEL, most -= CPU_PANEL, row += CPU_PANEL) {
+                pack_rows(p, mat, row, left < CPU_PANEL ? (int)left : CPU_PANEL, rows, panel);
+                panel += part->panel_bytes;
             }
+        }
     free(rows);
 }
 
@@ -116,7 +119,7 @@ static orcd_status load_part(cpu_device *d, be_use use, const mf_tensor *t, cpu_
         return ORCD_OK;
     packing p = {.dev = d, .part = part, .src = t};
     pool_run(d->pool, pack_thread, &p);
-    if (atomic_load(&p.next) < part->n_panel * (int64_t)t->n_mat)
+    if (atomic_load(&p.next) < (part->n_panel + PACK_RUN - 1) / PACK_RUN * (int64_t)t->n_mat)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory while packing weight %s", t->name);
     mf_release(t);
     return ORCD_OK;
