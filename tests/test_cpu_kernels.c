@@ -13,7 +13,8 @@
 
 enum { N_COL = 512, ROWS = 16, TOKENS = 21 };
 
-static const q_type types[] = {Q_F32, Q_F16, Q_BF16, Q_Q8_0, Q_Q4_0, Q_Q5_0, Q_MXFP4, Q_Q4_K, Q_Q6_K};
+static const q_type types[] = {Q_F32,  Q_F16,  Q_BF16,  Q_Q8_0, Q_Q4_0, Q_Q4_1,
+                               Q_Q5_0, Q_Q5_1, Q_MXFP4, Q_Q4_K, Q_Q5_K, Q_Q6_K};
 
 static float uniform(uint32_t *seed) {
     *seed = *seed * 1664525u + 1013904223u;
@@ -47,7 +48,7 @@ static void fill_rows(const q_traits *t, int n_col) {
 
 /* Largest difference from the reference, relative to the size of the sums. */
 static double error_of(const cpu_kernels *k, const q_traits *t, int n_col, int n_row) {
-    cpu_fmt fmt = cpu_fmt_of(t->type, n_col);
+    cpu_fmt fmt = cpu_fmt_of(t->type);
     size_t row_bytes = q_row_bytes(t, (size_t)n_col);
     const void *ptr[TOKENS];
     double worst = 0, norm = 0;
@@ -99,7 +100,7 @@ static void test_every_type_on_every_tier(void **state) {
 }
 
 static void check_tails(const cpu_kernels *k, double bound) {
-    static const q_type short_types[] = {Q_Q8_0, Q_MXFP4, Q_BF16, Q_F16, Q_F32};
+    static const q_type short_types[] = {Q_Q8_0, Q_Q4_0, Q_Q4_1, Q_Q5_1, Q_MXFP4, Q_BF16, Q_F16, Q_F32};
     for (size_t i = 0; i < ORCD_COUNT(short_types); i++) {
         const q_traits *t = q_find(short_types[i]);
         for (int n_col = t->block_len == 1 ? 1 : 32; n_col <= 160; n_col += t->block_len == 1 ? 53 : 64) {

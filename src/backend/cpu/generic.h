@@ -149,21 +149,20 @@ static inline void gen_dot_mx4(const uint8_t *panel, int64_t n_col, const void *
     }
 }
 
-static inline void gen_dot_q4k(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y,
-                               uint8_t *scratch) {
-    (void)scratch;
+static inline void gen_dot_min(cpu_fmt f, const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y) {
     int64_t n64 = cpu_n64(n_col);
     memset(y, 0, (size_t)n * 64);
     for (int64_t b = 0; b < n_col / 32; b++) {
-        const uint8_t *head = panel + b / 8 * 2368;
-        const uint16_t *d = (const uint16_t *)head;
-        const uint8_t *sc = head + 64 + b % 8 * 16, *mn = sc + 128;
+        cpu_min_block at = cpu_min_at(f, panel, b);
+        const uint16_t *d = (const uint16_t *)at.d;
         int8_t w[512];
         float ws[16], ms[16];
-        gen_nibbles(head + 320 + b % 8 * 256, gen_identity, w);
+        gen_nibbles(at.nibbles, gen_identity, w);
+        for (int i = 0; cpu_min_fifth(f) && i < 512; i++)
+            w[i] |= (int8_t)((at.high[i % 64] >> i / 64 & 1) << 4);
         for (int r = 0; r < 16; r++) {
-            ws[r] = gen_f16(d[r]) * (float)sc[r];
-            ms[r] = gen_f16(d[16 + r]) * (float)mn[r];
+            ws[r] = gen_f16(d[r]) * (at.scale ? (float)at.scale[r] : 1);
+            ms[r] = gen_f16(d[16 + r]) * (at.scale ? (float)at.scale[128 + r] : 1);
         }
         for (int t = 0; t < n; t++) {
             float s = cpu_q_scale(x[t], n64)[b / 2];
@@ -175,6 +174,18 @@ static inline void gen_dot_q4k(const uint8_t *panel, int64_t n_col, const void *
         }
     }
 }
+
+/* A dot kernel of one format with a minimum, from a function for all of them. */
+#define GEN_MIN(name, format, rows)                                                                                    \
+    static inline void name(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y,                \
+                            uint8_t *scratch) {                                                                        \
+        (void)scratch;                                                                                                 \
+        rows(format, panel, n_col, x, n, y);                                                                           \
+    }
+GEN_MIN(gen_dot_q41, CPU_Q41, gen_dot_min)
+GEN_MIN(gen_dot_q51, CPU_Q51, gen_dot_min)
+GEN_MIN(gen_dot_q4k, CPU_Q4K, gen_dot_min)
+GEN_MIN(gen_dot_q5k, CPU_Q5K, gen_dot_min)
 
 static inline void gen_dot_q6k(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y,
                                uint8_t *scratch) {
@@ -386,7 +397,8 @@ static inline void gen_attn_f16(cpu_attn_tile *t, const void *k, const void *v) 
 
 #define GEN_TABLE                                                                                                      \
     .dot = {[CPU_F32] = gen_dot_f32, [CPU_F16] = gen_dot_f16, [CPU_BF16] = gen_dot_bf16, [CPU_I8] = gen_dot_i8,        \
-            [CPU_MX4] = gen_dot_mx4, [CPU_Q4K] = gen_dot_q4k, [CPU_Q6K] = gen_dot_q6k},                                \
+            [CPU_MX4] = gen_dot_mx4, [CPU_Q41] = gen_dot_q41, [CPU_Q51] = gen_dot_q51,   [CPU_Q4K] = gen_dot_q4k,      \
+            [CPU_Q5K] = gen_dot_q5k, [CPU_Q6K] = gen_dot_q6k},                                                         \
     .quantise = gen_quantise, .rms_norm = gen_rms_norm, .layer_norm = gen_layer_norm, .glu = gen_glu,                  \
     .gelu_tanh = gen_gelu_tanh, .attn_f16 = gen_attn_f16, .attn_f32 = gen_attn_f32
 

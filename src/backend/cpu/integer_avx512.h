@@ -158,22 +158,29 @@ static void NAME(dot_mx4)(const uint8_t *panel, int64_t n_col, const void *const
 
 /* ---- K-quants ---- */
 
-TILE NAME(q4k_tile)(const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
-    const __m512i low4 = _mm512_set1_epi8(15);
+/* A scale and a minimum per 32 columns, codes of 4 or 5 bits. */
+TILE NAME(min_tile)(const cpu_fmt fmt, const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
+    const __m512i low4 = _mm512_set1_epi8(15), fifth = _mm512_set1_epi8(16);
     __m512 f[8];
     UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
     for (int64_t b = 0; b < n64 * 2; b++) {
-        const uint8_t *head = panel + b / 8 * 2368, *p = head + 320 + b % 8 * 256, *sc = head + 64 + b % 8 * 16;
-        __m512 ws =
-            _mm512_mul_ps(half16(head), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)sc))));
-        __m512 ms = _mm512_mul_ps(
-            half16(head + 32), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(sc + 128)))));
-        __m512i a[8][2];
+        cpu_min_block at = cpu_min_at(fmt, panel, b);
+        __m512 ws = half16(at.d), ms = half16(at.d + 32);
+        if (fmt >= CPU_Q4K) {
+            ws = _mm512_mul_ps(ws, bytes16(at.scale));
+            ms = _mm512_mul_ps(ms, bytes16(at.scale + 128));
+        }
+        __m512i a[8][2], high = cpu_min_fifth(fmt) ? _mm512_loadu_si512(at.high) : low4;
         UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], 0);
         UNROLL for (int j = 0; j < 4; j++) {
-            __m512i v = _mm512_loadu_si512(p + j * 64);
-            PREFETCH(p + j * 64, 4096, 3, T);
+            __m512i v = _mm512_loadu_si512(at.nibbles + j * 64);
+            PREFETCH(at.nibbles + j * 64, 4096, 3, T);
             __m512i lo = _mm512_and_si512(v, low4), hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), low4);
+            if (cpu_min_fifth(fmt)) { /* bits 2j and 2j + 1 */
+                __m512i h = j < 2 ? _mm512_slli_epi16(high, 4 - 2 * j) : _mm512_srli_epi16(high, 2 * j - 4);
+                lo = _mm512_or_si512(lo, _mm512_and_si512(h, fifth));
+                hi = _mm512_or_si512(hi, _mm512_and_si512(_mm512_srli_epi16(h, 1), fifth));
+            }
             UNROLL for (int t = 0; t < T; t++) {
                 NAME(dp_planes)(a[t], lo, x[t], n64, b * 32 + j * 8);
                 NAME(dp_planes)(a[t], hi, x[t], n64, b * 32 + j * 8 + 4);
@@ -189,14 +196,16 @@ TILE NAME(q4k_tile)(const uint8_t *panel, int64_t n64, const void *const *x, con
     UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
 }
 
-static void NAME(dot_q4k)(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y,
-                          uint8_t *scratch) {
-    (void)scratch;
+TILE NAME(min_rows)(const cpu_fmt fmt, const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y) {
     int64_t n64 = cpu_n64(n_col);
-#define CALL(T) NAME(q4k_tile)(panel, n64, x + at_, T, y + at_ * 16)
+#define CALL(T) NAME(min_tile)(fmt, panel, n64, x + at_, T, y + at_ * 16)
     FOR_TILES(n, CALL)
 #undef CALL
 }
+GEN_MIN(NAME(dot_q41), CPU_Q41, NAME(min_rows))
+GEN_MIN(NAME(dot_q51), CPU_Q51, NAME(min_rows))
+GEN_MIN(NAME(dot_q4k), CPU_Q4K, NAME(min_rows))
+GEN_MIN(NAME(dot_q5k), CPU_Q5K, NAME(min_rows))
 
 TILE NAME(q6k_tile)(const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
     const __m512i low4 = _mm512_set1_epi8(15), bits = _mm512_set1_epi8(0x30);

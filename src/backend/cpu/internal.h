@@ -141,7 +141,7 @@ void cpu_unload(be_device *d, be_weight *w);
 const uint8_t *cpu_panel(const cpu_part *p, int64_t n_col, int64_t mat, int64_t index, cpu_local *l);
 
 /* pack.c: 16 rows (the missing ones of the last panel are zero) from canonical blocks to a panel. */
-cpu_fmt cpu_fmt_of(q_type t, int64_t n_col);
+cpu_fmt cpu_fmt_of(q_type t);
 void cpu_pack(cpu_fmt f, const q_traits *src, const uint8_t *rows, size_t row_bytes, int n_row, int64_t n_col,
               uint8_t *panel);
 

@@ -30,8 +30,15 @@ typedef enum cpu_fmt {
      * e + s1, so that w << s are integers of one common scale. Then a byte `wide` (some s > 3: w << s leaves a byte).
      * Then per 64 columns 8 vectors of 64 bytes, vector j: low nibble = group 2j, high nibble = group 2j + 1 */
     CPU_MX4,
-    /* Q4_K: per 256 columns f16 d[16], dmin[16], u8 scale[8][16], min[8][16], then nibbles as in MX4 */
+    /* Codes with a scale and a minimum (value = scale * code - min) per 32 columns: nibbles as in MX4, 256 bytes, and
+     * for codes of 5 bits 64 bytes of high bits, bit g of a byte belongs to group g.
+     * Q4_1, Q5_1: per 32 columns f16 d[16], min[16], nibbles, high bits.
+     * Q4_K, Q5_K: per 256 columns f16 d[16], dmin[16], u8 scale[8][16], min[8][16], 8 blocks' nibbles, their high
+     * bits. Only the blocks that n_col asks for are read of the last 256 */
+    CPU_Q41,
+    CPU_Q51,
     CPU_Q4K,
+    CPU_Q5K,
     /* Q6_K: per 256 columns f16 d[16], 32 unused bytes, i8 scale[16][16], low nibbles as in MX4 (2,048 bytes), then
      * 16 vectors of 64 bytes for the high bits, vector h: bits 2f, 2f+1 of a byte belong to group 4h + f */
     CPU_Q6K,
@@ -53,9 +60,31 @@ static inline const int32_t *cpu_q_c16(const uint8_t *row, int64_t n64) { return
 
 static inline size_t cpu_mx4_head(int64_t n64) { return ((size_t)n64 * 32 + 1 + 63) & ~(size_t)63; }
 
-/* Bytes of one panel. Q4_K and Q6_K: n_col is a multiple of 256. */
+/* Formats with a minimum: bytes of 32 columns (Q4_1, Q5_1) or of 256. */
+static inline bool cpu_min_fifth(cpu_fmt f) { return f == CPU_Q51 || f == CPU_Q5K; }
+static inline size_t cpu_min_stride(cpu_fmt f) {
+    return f <= CPU_Q51 ? 64 + 256 + (f == CPU_Q51 ? 64 : 0) : 64 + 256 + 2048 + (f == CPU_Q5K ? 512 : 0);
+}
+
+/* Where block b of 32 columns lies, and its scales and minima. */
+typedef struct cpu_min_block {
+    const uint8_t *d;     /* f16 d[16], min[16] */
+    const uint8_t *scale; /* u8[16], the minima 128 bytes further; NULL: d and min are meant as they are */
+    const uint8_t *nibbles, *high;
+} cpu_min_block;
+
+static inline cpu_min_block cpu_min_at(cpu_fmt f, const uint8_t *panel, int64_t b) {
+    if (f <= CPU_Q51) {
+        panel += (size_t)b * cpu_min_stride(f);
+        return (cpu_min_block){panel, NULL, panel + 64, panel + 64 + 256};
+    }
+    panel += (size_t)(b / 8) * cpu_min_stride(f);
+    return (cpu_min_block){panel, panel + 64 + b % 8 * 16, panel + 320 + b % 8 * 256, panel + 2368 + b % 8 * 64};
+}
+
+/* Bytes of one panel. */
 static inline size_t cpu_panel_bytes(cpu_fmt f, int64_t n_col) {
-    size_t n = (size_t)n_col, n64 = (size_t)cpu_n64(n_col);
+    size_t n = (size_t)n_col, n64 = (size_t)cpu_n64(n_col), n256 = (n + 255) / 256;
     switch (f) {
     case CPU_F32:
         return n * 64;
@@ -67,10 +96,14 @@ static inline size_t cpu_panel_bytes(cpu_fmt f, int64_t n_col) {
         return n64 * (64 + 1024);
     case CPU_MX4:
         return cpu_mx4_head(cpu_n64(n_col)) + n64 * 512;
+    case CPU_Q41:
+    case CPU_Q51:
+        return n64 * 2 * cpu_min_stride(f);
     case CPU_Q4K:
-        return n / 256 * (64 + 256 + 2048);
+    case CPU_Q5K:
+        return n256 * cpu_min_stride(f);
     case CPU_Q6K:
-        return n / 256 * (64 + 256 + 2048 + 1024);
+        return n256 * (64 + 256 + 2048 + 1024);
     default:
         return 0;
     }

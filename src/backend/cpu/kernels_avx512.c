@@ -21,6 +21,8 @@ static inline __m512i bytes4(const void *p) {
             __builtin_prefetch((p) + (ahead), 0, locality);                                                            \
     } while (0)
 
+static inline __m512 bytes16(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p))); }
+
 static inline __m512 half16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 
 /* Call TILE_FN with T = 8 as long as possible, then 4, 2, 1. */
@@ -297,8 +299,9 @@ static void attn_f32(cpu_attn_tile *t, const void *k, const void *v) {
 
 #define TABLE(bits)                                                                                                    \
     {                                                                                                                  \
-        .dot = {[CPU_F32] = dot_f32,       [CPU_F16] = dot_f16,        [CPU_BF16] = dot_bf16,                          \
-                [CPU_I8] = dot_i8_##bits,  [CPU_MX4] = dot_mx4_##bits, [CPU_Q4K] = dot_q4k_##bits,                     \
+        .dot = {[CPU_F32] = dot_f32,        [CPU_F16] = dot_f16,        [CPU_BF16] = dot_bf16,                         \
+                [CPU_I8] = dot_i8_##bits,   [CPU_MX4] = dot_mx4_##bits, [CPU_Q41] = dot_q41_##bits,                    \
+                [CPU_Q51] = dot_q51_##bits, [CPU_Q4K] = dot_q4k_##bits, [CPU_Q5K] = dot_q5k_##bits,                    \
                 [CPU_Q6K] = dot_q6k_##bits},                                                                           \
         .quantise = quantise_##bits, .rms_norm = gen_rms_norm, .layer_norm = gen_layer_norm, .glu = gen_glu,           \
         .gelu_tanh = gen_gelu_tanh, .attn_f16 = attn_f16, .attn_f32 = attn_f32,                                        \

@@ -8,7 +8,7 @@
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-cpu_fmt cpu_fmt_of(q_type t, int64_t n_col) {
+cpu_fmt cpu_fmt_of(q_type t) {
     switch (t) {
     case Q_F16:
         return CPU_F16;
@@ -20,14 +20,22 @@ cpu_fmt cpu_fmt_of(q_type t, int64_t n_col) {
         return CPU_I8;
     case Q_MXFP4:
         return CPU_MX4;
+    case Q_Q4_1:
+        return CPU_Q41;
+    case Q_Q5_1:
+        return CPU_Q51;
     case Q_Q4_K:
-        return n_col % 256 ? CPU_F32 : CPU_Q4K;
+        return CPU_Q4K;
+    case Q_Q5_K:
+        return CPU_Q5K;
     case Q_Q6_K:
-        return n_col % 256 ? CPU_F32 : CPU_Q6K;
+        return CPU_Q6K;
     default:
         return CPU_F32;
     }
 }
+
+static uint16_t load16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
 
 /* The same block of 16 rows. A row that is not there has blocks of zeros, which every type takes for zeros. */
 typedef struct blocks {
@@ -225,9 +233,33 @@ static void pack_mx4(blocks b, int64_t n_col, uint8_t *panel) {
     *head = wide;
 }
 
-/* d, dmin, 12 bytes of 6-bit scales and minima, 128 bytes of nibbles */
-static void pack_q4k(blocks s, int64_t n_col, uint8_t *panel) {
-    for (int64_t i = 0; i < n_col / 256; i++, panel += 2368, next_block(&s)) {
+/* 16 columns of a block of 32, from the low or the high nibbles of their bytes. */
+static inline void put_nibbles(uint8_t *p, const blocks *b, size_t offset, bool high) {
+    words w;
+    load_words(b, offset, &w);
+    put_pair(p, &w, 0, high);
+    put_pair(p + 64, &w, 2, high);
+}
+
+/* The fifth bits of 32 columns, of which bit `shift` of 32 bytes is a column's: bit g is group g's. */
+static void put_fifth(uint8_t *p, const blocks *b, size_t offset, int shift) {
+    const __m128i one = _mm_set1_epi8(1);
+    __m128i sum[4] = {0};
+    for (int half = 0; half < 2; half++) {
+        words w;
+        load_words(b, offset + (size_t)half * 16, &w);
+        UNROLL for (int i = 0; i < 16; i++) {
+            __m128i bit = _mm_and_si128(_mm_srli_epi16(w.w[i / 4][i % 4], shift), one);
+            sum[i % 4] = _mm_or_si128(sum[i % 4], _mm_slli_epi16(bit, half * 4 + i / 4));
+        }
+    }
+    UNROLL for (int q = 0; q < 4; q++) store64(p, q, sum[q]);
+}
+
+/* d, dmin, 12 bytes of 6-bit scales and minima, Q5_K: 32 bytes of fifth bits, 128 bytes of nibbles */
+static void pack_k(cpu_fmt f, blocks s, int64_t n_col, uint8_t *panel) {
+    bool fifth = cpu_min_fifth(f);
+    for (int64_t i = 0; i < n_col; i += 256, panel += cpu_min_stride(f), next_block(&s)) {
         for (int r = 0; r < CPU_PANEL; r++) {
             const uint8_t *q = s.at[r] + 4;
             memcpy(panel + r * 2, s.at[r], 2);
@@ -239,13 +271,37 @@ static void pack_q4k(blocks s, int64_t n_col, uint8_t *panel) {
                 panel[192 + b * 16 + r] = (uint8_t)mn;
             }
         }
-        for (int b = 0; b < 8; b++) /* 16 columns of two blocks, in low and high nibbles */
-            for (int half = 0; half < 2; half++) {
-                words w;
-                load_words(&s, (size_t)(16 + b / 2 * 32 + half * 16), &w);
-                put_pair(panel + 320 + b * 256 + half * 128, &w, 0, b % 2);
-                put_pair(panel + 320 + b * 256 + half * 128 + 64, &w, 2, b % 2);
+        for (int b = 0; b < 8; b++) { /* two blocks share bytes: low and high nibbles */
+            size_t from = (size_t)(fifth ? 48 : 16) + (size_t)(b / 2 * 32);
+            put_nibbles(panel + 320 + b * 256, &s, from, b % 2);
+            put_nibbles(panel + 320 + b * 256 + 128, &s, from + 16, b % 2);
+            if (fifth)
+                put_fifth(panel + 2368 + b * 64, &s, 16, b);
+        }
+    }
+}
+
+/* d, m, Q5_1: 32 fifth bits, 16 bytes of nibbles: columns i and i + 16 in a byte. The panel subtracts a minimum. */
+static void pack_min(cpu_fmt f, blocks b, int64_t n_col, uint8_t *panel) {
+    for (int64_t i = 0; i < cpu_n64(n_col) * 2; i++, panel += cpu_min_stride(f), next_block(&b)) {
+        if (i * 32 >= n_col)
+            b = first_blocks(NULL, 0, 0, 0);
+        for (int r = 0; r < CPU_PANEL; r++) {
+            uint16_t min = load16(b.at[r] + 2) ^ 0x8000;
+            memcpy(panel + r * 2, b.at[r], 2);
+            memcpy(panel + 32 + r * 2, &min, 2);
+        }
+        put_nibbles(panel + 64, &b, f == CPU_Q51 ? 8 : 4, false);
+        put_nibbles(panel + 64 + 128, &b, f == CPU_Q51 ? 8 : 4, true);
+        for (int r = 0; f == CPU_Q51 && r < CPU_PANEL; r++) {
+            uint32_t bits = (uint32_t)load16(b.at[r] + 4) | (uint32_t)load16(b.at[r] + 6) << 16;
+            for (int k = 0; k < 4; k++) { /* bits k, k + 4, .., k + 28 become a byte */
+                uint32_t v = bits >> k & 0x11111111u;
+                v = (v | v >> 3) & 0x03030303u;
+                v = (v | v >> 6) & 0x000f000fu;
+                panel[320 + r * 4 + k] = (uint8_t)(v | v >> 12);
             }
+        }
     }
 }
 
@@ -262,7 +318,7 @@ static inline void put_high_bits(uint8_t *p, const words *w, int shift) {
 
 /* 128 bytes of low nibbles, 64 of high bits, 16 scales, d */
 static void pack_q6k(blocks s, int64_t n_col, uint8_t *panel) {
-    for (int64_t i = 0; i < n_col / 256; i++, panel += 3392, next_block(&s)) {
+    for (int64_t i = 0; i < n_col; i += 256, panel += 3392, next_block(&s)) {
         memset(panel + 32, 0, 32);
         for (int r = 0; r < CPU_PANEL; r++) {
             memcpy(panel + r * 2, s.at[r] + 208, 2);
@@ -272,10 +328,8 @@ static void pack_q6k(blocks s, int64_t n_col, uint8_t *panel) {
         for (int b = 0; b < 8; b++) /* block b of 32 columns: quarter b % 4 of half b / 4 */
             for (int half = 0; half < 2; half++) {
                 words w;
-                uint8_t *p = panel + 320 + b * 256 + half * 128;
-                load_words(&s, (size_t)(b / 4 * 64 + b % 2 * 32 + half * 16), &w);
-                put_pair(p, &w, 0, b % 4 >= 2);
-                put_pair(p + 64, &w, 2, b % 4 >= 2);
+                put_nibbles(panel + 320 + b * 256 + half * 128, &s, (size_t)(b / 4 * 64 + b % 2 * 32 + half * 16),
+                            b % 4 >= 2);
                 load_words(&s, (size_t)(128 + b / 4 * 32 + half * 16), &w);
                 put_high_bits(panel + 320 + 2048 + b * 128 + half * 64, &w, b % 4 * 2);
             }
@@ -292,8 +346,13 @@ void cpu_pack(cpu_fmt f, const q_traits *src, const uint8_t *rows, size_t row_by
     case CPU_MX4:
         pack_mx4(b, n_col, panel);
         break;
+    case CPU_Q41:
+    case CPU_Q51:
+        pack_min(f, b, n_col, panel);
+        break;
     case CPU_Q4K:
-        pack_q4k(b, n_col, panel);
+    case CPU_Q5K:
+        pack_k(f, b, n_col, panel);
         break;
     case CPU_Q6K:
         pack_q6k(b, n_col, panel);

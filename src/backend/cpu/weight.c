@@ -16,7 +16,7 @@ static bool has_panels(const be_params *p, const mf_tensor *t, cpu_fmt f) {
 }
 
 static bool part_bytes(const be_params *params, be_use use, const mf_tensor *t, uint64_t *out) {
-    cpu_fmt f = cpu_fmt_of(t->type, (int64_t)t->n_col);
+    cpu_fmt f = cpu_fmt_of(t->type);
     uint64_t rows, bytes;
     *out = 0;
     if (use == BE_USE_VECTOR)
@@ -92,7 +92,7 @@ static void pack_thread(void *arg, int thread, int n_threads) {
 }
 
 static orcd_status load_part(cpu_device *d, be_use use, const mf_tensor *t, cpu_part *part, orcd_error *err) {
-    part->fmt = cpu_fmt_of(t->type, (int64_t)t->n_col);
+    part->fmt = cpu_fmt_of(t->type);
     part->src = q_find(t->type);
     part->n_row = (int64_t)t->n_row;
     part->n_panel = (part->n_row + CPU_PANEL - 1) / CPU_PANEL;
