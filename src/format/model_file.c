@@ -470,10 +470,16 @@ void mf_expect(const mf_tensor *t, uint64_t mat, uint64_t row0, uint64_t n) {
 #endif
 }
 
+/* Little is left free: what was read would now push out of the cache what is still to be read. */
+static bool memory_is_short(void) { return sysconf(_SC_AVPHYS_PAGES) < sysconf(_SC_PHYS_PAGES) / 8; }
+
 void mf_release(const mf_tensor *t) {
-    advise(t->view.base, t->n_mat * t->view.mat_bytes, true, MADV_DONTNEED);
-    if (t->view.scales)
-        advise(t->view.scales, t->n_mat * t->view.scale_mat_bytes, true, MADV_DONTNEED);
+    for (int drop = !memory_is_short(); drop < 2; drop++) {
+        int advice = drop ? MADV_DONTNEED : MADV_PAGEOUT;
+        advise(t->view.base, t->n_mat * t->view.mat_bytes, true, advice);
+        if (t->view.scales)
+            advise(t->view.scales, t->n_mat * t->view.scale_mat_bytes, true, advice);
+    }
 }
 
 /* Block by block, so that no memory is needed whatever the row's length. */

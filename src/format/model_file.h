@@ -75,7 +75,8 @@ size_t mf_row_bytes(const mf_tensor *t);
 void mf_rows(const mf_tensor *t, uint64_t mat, uint64_t row0, uint64_t n, void *dst);
 /* These rows are read next, from their beginning: lets the system map them at once. */
 void mf_expect(const mf_tensor *t, uint64_t mat, uint64_t row0, uint64_t n);
-/* The rows were copied elsewhere and will not be read again soon: lets the system drop them from this process. */
+/* The rows were copied elsewhere and will not be read again soon: lets the system drop them from this process and,
+ * where memory is short, from its cache. */
 void mf_release(const mf_tensor *t);
 /* All values of a small tensor (norms, biases) as float, n_mat * n_row * n_col of them. */
 void mf_floats(const mf_tensor *t, float *dst);
