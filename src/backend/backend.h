@@ -21,14 +21,16 @@
 typedef struct be_ops be_ops;
 
 typedef struct be_params {
-    int n_threads;   /* cpu: 0 = all cores allowed to this process */
-    int device;      /* cuda: ordinal */
-    bool no_repack;  /* start at once from the mapped file, slower steps */
-    int act_bits;    /* cpu: 8 lets products with integer weights round activations to 8 bits: prefill nearly twice as
-                        fast, 0.5 % of noise in each product. Else 16 */
-    int cpu_experts; /* cuda: layers whose experts stay in host memory; -1 = as many as needed */
-    bool dry;        /* nothing is allocated and no hardware is needed, where the backend has `used`: what is made can
-                        only be freed, and `used` tells what it would take */
+    int n_threads;     /* cpu: 0 = all cores allowed to this process */
+    int device;        /* cuda: ordinal */
+    bool no_repack;    /* start at once from the mapped file, slower steps */
+    int act_bits;      /* cpu: 8 lets products with integer weights round activations to 8 bits: prefill nearly twice as
+                          fast, 0.5 % of noise in each product. Else 16 */
+    q_type dense_type; /* cpu: dense weights (be_load) that are stored in more bits are requantised to this type when
+                          loaded; Q_F32 = none is */
+    int cpu_experts;   /* cuda: layers whose experts stay in host memory; -1 = as many as needed */
+    bool dry;          /* nothing is allocated and no hardware is needed, where the backend has `used`: what is made can
+                          only be freed, and `used` tells what it would take */
 } be_params;
 
 typedef struct be_device { /* first member of each backend's own struct */
@@ -52,6 +54,7 @@ typedef struct be_load {
     mf_tensor part[3]; /* equal n_col and n_mat */
     bool has_bias[3];
     mf_tensor bias[3]; /* bias[i]: part[i].n_mat * part[i].n_row values */
+    bool dense;        /* be_params.dense_type may lower the precision of its parts: not a router's */
     bool host;         /* experts: stay in host memory, where the device has a way to compute there (cuda) */
 } be_load;
 

@@ -42,6 +42,16 @@ const be_ops *be_named(const char *device, int *ordinal) {
     return NULL;
 }
 
+static orcd_status open_one(const be_ops *ops, const be_params *p, be_device **out, orcd_error *err) {
+    *out = NULL;
+    if (p->dense_type != Q_F32 && strcmp(ops->name, "cpu") != 0)
+        return orcd_fail(err, ORCD_ERR_UNSUPPORTED,
+                         "device %s computes with weights as they are stored: leave out --dense-type, or use "
+                         "--device cpu",
+                         ops->name);
+    return ops->open(p, out, err);
+}
+
 orcd_status be_open(const char *device, const be_params *p, be_device **out, orcd_error *err) {
     static const char *const order[] = {"cuda", "cpu", "ref"};
     orcd_status st = ORCD_ERR_UNSUPPORTED;
@@ -50,12 +60,12 @@ orcd_status be_open(const char *device, const be_params *p, be_device **out, orc
     if (strcmp(device, "auto") == 0) {
         for (size_t i = 0; i < ORCD_COUNT(order) && st != ORCD_OK; i++)
             if (be_find(order[i]))
-                st = be_find(order[i])->open(p, out, err);
+                st = open_one(be_find(order[i]), p, out, err);
         return st;
     }
     const be_ops *ops = be_named(device, &at.device);
     if (!ops)
         return orcd_fail(err, ORCD_ERR_ARG,
                          "device \"%s\" is none of auto, cpu, ref, cuda and cuda:N, or not in this build", device);
-    return ops->open(&at, out, err);
+    return open_one(ops, &at, out, err);
 }

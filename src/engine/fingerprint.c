@@ -76,6 +76,7 @@ void eng_fingerprint(const eng *e, const be_params *p, uint8_t out[DISK_HASH]) {
     add_text(&h, device, cpu ? 0 : strlen(device));
     add_text(&h, processor, strlen(processor));
     add_u64(&h, p->act_bits ? (uint64_t)p->act_bits : 16);
+    add_u64(&h, (uint64_t)p->dense_type);
     add_u64(&h, p->no_repack);
     add_u64(&h, (uint64_t)e->cfg.n_host_layers);
     add_u64(&h, e->kv.kv->spec.type);

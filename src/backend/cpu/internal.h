@@ -16,7 +16,7 @@
 
 typedef struct cpu_part { /* n_mat matrices of one stored type */
     cpu_fmt fmt;
-    const q_traits *src;    /* as stored in the file */
+    const q_traits *src;    /* what is packed: the file's type, or the one it is requantised to */
     int64_t n_row, n_panel; /* of one matrix */
     size_t panel_bytes;
     uint8_t *data;  /* [n_mat][n_panel] panels; NULL: `rows` or `file` are packed when used */

@@ -6,27 +6,40 @@
 #include "backend/cpu/internal.h"
 #include "base/checked.h"
 
-static bool is_matrix(be_use u) { return u == BE_USE_LINEAR || u == BE_USE_GATE_UP || u == BE_USE_DOWN; }
+/* What becomes of a part's rows. */
+typedef enum keep {
+    KEEP_FILE,  /* nothing: they are read from the map, and packed, whenever they are used */
+    KEEP_ROWS,  /* a copy as they are stored, for looking single rows up */
+    KEEP_PANELS /* panels, of another type perhaps */
+} keep;
 
-/* Types without a panel format of their own stay as they are stored and are unpacked to float panels when used. */
-static bool has_panels(const be_params *p, const mf_tensor *t, cpu_fmt f) {
-    if (f == CPU_F32 && t->type != Q_F32)
-        return false;
-    return !(p->no_repack && t->data);
+/* The type that a part is packed from: the stored one, or a smaller one that was asked for. */
+static const q_traits *type_of(const be_params *p, const be_load *l, const mf_tensor *t) {
+    const q_traits *stored = q_find(t->type), *small = q_find(p->dense_type);
+    bool smaller = small->block_bytes * stored->block_len < stored->block_bytes * small->block_len;
+    return l->dense && p->dense_type != Q_F32 && smaller ? small : stored;
 }
 
-static bool part_bytes(const be_params *params, be_use use, const mf_tensor *t, uint64_t *out) {
-    cpu_fmt f = cpu_fmt_of(t->type);
+static keep keep_of(const be_params *p, const be_load *l, const mf_tensor *t) {
+    if (p->no_repack && t->data && type_of(p, l, t)->type == t->type)
+        return KEEP_FILE;
+    return l->use == BE_USE_LINEAR || l->use == BE_USE_GATE_UP || l->use == BE_USE_DOWN ? KEEP_PANELS : KEEP_ROWS;
+}
+
+static bool part_bytes(const be_params *params, const be_load *l, const mf_tensor *t, uint64_t *out) {
     uint64_t rows, bytes;
     *out = 0;
-    if (use == BE_USE_VECTOR)
+    if (l->use == BE_USE_VECTOR)
         return ck_mul(t->n_col, sizeof(float), out);
-    if (params->no_repack && t->data)
+    switch (keep_of(params, l, t)) {
+    case KEEP_PANELS:
+        bytes = cpu_panel_bytes(cpu_fmt_of(type_of(params, l, t)->type), (int64_t)t->n_col);
+        return ck_mul((t->n_row + CPU_PANEL - 1) / CPU_PANEL, bytes, &bytes) && ck_mul(bytes, t->n_mat, out);
+    case KEEP_ROWS:
+        return ck_mul(t->n_row, t->n_mat, &rows) && ck_mul(rows, mf_row_bytes(t), out);
+    default:
         return true;
-    if (is_matrix(use) && has_panels(params, t, f))
-        return ck_mul((t->n_row + CPU_PANEL - 1) / CPU_PANEL, cpu_panel_bytes(f, (int64_t)t->n_col), &bytes) &&
-               ck_mul(bytes, t->n_mat, out);
-    return ck_mul(t->n_row, t->n_mat, &rows) && ck_mul(rows, mf_row_bytes(t), out);
+    }
 }
 
 static uint64_t bias_count(const mf_tensor *t) { return t->n_row * t->n_mat; }
@@ -35,7 +48,7 @@ static bool load_bytes(const be_params *params, const be_load *l, uint64_t *tota
     *total = 0;
     for (int i = 0; i < l->n_part; i++) {
         uint64_t b;
-        if (!part_bytes(params, l->use, &l->part[i], &b) || !ck_add(*total, b, total))
+        if (!part_bytes(params, l, &l->part[i], &b) || !ck_add(*total, b, total))
             return false;
         if (l->has_bias[i] && (!ck_mul(bias_count(&l->part[i]), sizeof(float), &b) || !ck_add(*total, b, total)))
             return false;
@@ -48,78 +61,117 @@ uint64_t cpu_load_bytes(be_device *d, const be_load *l) {
     return load_bytes(&d->params, l, &n) ? n : UINT64_MAX;
 }
 
-/* ---- packing, by all threads ---- */
+/* ---- packing and copying, by all threads ---- */
 
 typedef struct packing {
-    cpu_device *dev;
     cpu_part *part;
     const mf_tensor *src;
+    bool requantise;
+    size_t row_bytes; /* of what is packed */
     atomic_llong next;
 } packing;
 
 enum { PACK_RUN = 8 }; /* panels taken at a time */
 
-static void pack_rows(packing *p, int64_t mat, int64_t row, int n, uint8_t *rows, uint8_t *panel) {
-    const mf_tensor *t = p->src;
-    size_t row_bytes = mf_row_bytes(t);
-    const uint8_t *from = rows;
-    if (t->data)
-        from = t->data + ((size_t)mat * t->n_row + (size_t)row) * row_bytes;
-    else
-        mf_rows(t, (uint64_t)mat, (uint64_t)row, (uint64_t)n, rows);
-    cpu_pack(p->part->fmt, p->part->src, from, row_bytes, n, (int64_t)t->n_col, panel);
+/* Memory of one thread: a panel's rows as stored, one as floats, and as they are packed. Each may be absent. */
+typedef struct pack_memory {
+    uint8_t *stored, *small;
+    float *value;
+} pack_memory;
+
+/* Blocks of 256 that the row does not fill end with zeros. */
+static const uint8_t *requantised(const packing *p, const uint8_t *rows, int n, const pack_memory *m) {
+    size_t n_col = p->src->n_col, len = p->part->src->block_len, whole = (n_col + len - 1) / len * len;
+    const q_traits *stored = q_find(p->src->type);
+    memset(m->value, 0, whole * sizeof *m->value);
+    for (int i = 0; i < n; i++) {
+        stored->unpack(rows + (size_t)i * mf_row_bytes(p->src), m->value, n_col);
+        p->part->src->pack(m->value, m->small + (size_t)i * p->row_bytes, whole);
+    }
+    return m->small;
 }
+
+static void pack_rows(const packing *p, uint64_t mat, uint64_t row, int n, const pack_memory *m, uint8_t *panel) {
+    const mf_tensor *t = p->src;
+    const uint8_t *from = m->stored;
+    if (t->data)
+        from = t->data + (mat * t->n_row + row) * mf_row_bytes(t);
+    else
+        mf_rows(t, mat, row, (uint64_t)n, m->stored);
+    if (p->requantise)
+        from = requantised(p, from, n, m);
+    cpu_pack(p->part->fmt, p->part->src, from, p->row_bytes, n, (int64_t)t->n_col, panel);
+}
+
+/* Up to PACK_RUN panels of a matrix, or a copy of as many rows. */
+static void pack_run(const packing *p, int64_t mat, int64_t run, const pack_memory *m) {
+    cpu_part *part = p->part;
+    int64_t row = run * PACK_RUN * CPU_PANEL, left = part->n_row - row, n = PACK_RUN * CPU_PANEL;
+    n = left < n ? left : n;
+    mf_expect(p->src, (uint64_t)mat, (uint64_t)row, (uint64_t)n);
+    if (part->rows) {
+        mf_rows(p->src, (uint64_t)mat, (uint64_t)row, (uint64_t)n,
+                part->rows + (size_t)(mat * part->n_row + row) * p->row_bytes);
+        return;
+    }
+    uint8_t *panel = part->data + (size_t)(mat * part->n_panel + run * PACK_RUN) * part->panel_bytes;
+    for (int64_t end = row + n; row < end; row += CPU_PANEL, panel += part->panel_bytes)
+        pack_rows(p, (uint64_t)mat, (uint64_t)row, end - row < CPU_PANEL ? (int)(end - row) : CPU_PANEL, m, panel);
+}
+
+static int64_t runs_of(const packing *p) { return (p->part->n_panel + PACK_RUN - 1) / PACK_RUN; }
 
 static void pack_thread(void *arg, int thread, int n_threads) {
     (void)thread;
     (void)n_threads;
     packing *p = arg;
-    cpu_part *part = p->part;
-    uint8_t *rows = p->src->data ? NULL : malloc(mf_row_bytes(p->src) * CPU_PANEL);
-    int64_t runs = (part->n_panel + PACK_RUN - 1) / PACK_RUN, total = runs * (int64_t)p->src->n_mat;
-    if (rows || p->src->data)
-        for (int64_t i; (i = atomic_fetch_add(&p->next, 1)) < total;) {
-            int64_t mat = i / runs, first = i % runs * PACK_RUN, row = first * CPU_PANEL;
-            int64_t left = part->n_row - row, most = PACK_RUN * CPU_PANEL;
-            uint8_t *panel = part->data + (size_t)(mat * part->n_panel + first) * part->panel_bytes;
-            mf_expect(p->src, (uint64_t)mat, (uint64_t)row, (uint64_t)(left < most ? left : most));
-            for (; left > 0 && most > 0; left -= CPU_PANEL, most -= CPU_PANEL, row += CPU_PANEL) {
-                pack_rows(p, mat, row, left < CPU_PANEL ? (int)left : CPU_PANEL, rows, panel);
-                panel += part->panel_bytes;
-            }
-        }
-    free(rows);
+    bool stored = !p->src->data && !p->part->rows;
+    pack_memory m = {0};
+    if (stored)
+        m.stored = malloc(mf_row_bytes(p->src) * CPU_PANEL);
+    if (p->requantise) {
+        m.small = malloc(p->row_bytes * CPU_PANEL);
+        m.value = malloc((p->src->n_col + 256) * sizeof *m.value);
+    }
+    if ((m.stored || !stored) && ((m.small && m.value) || !p->requantise))
+        for (int64_t i, runs = runs_of(p); (i = atomic_fetch_add(&p->next, 1)) < runs * (int64_t)p->src->n_mat;)
+            pack_run(p, i / runs, i % runs, &m);
+    free(m.stored);
+    free(m.small);
+    free(m.value);
 }
 
-static orcd_status load_part(cpu_device *d, be_use use, const mf_tensor *t, cpu_part *part, orcd_error *err) {
-    part->fmt = cpu_fmt_of(t->type);
-    part->src = q_find(t->type);
-    part->n_row = (int64_t)t->n_row;
-    part->n_panel = (part->n_row + CPU_PANEL - 1) / CPU_PANEL;
-    part->panel_bytes = cpu_panel_bytes(part->fmt, (int64_t)t->n_col);
-    part->file = *t;
-    if (d->base.params.no_repack && t->data)
+static orcd_status load_part(cpu_device *d, const be_load *l, const mf_tensor *t, cpu_part *part, orcd_error *err) {
+    const q_traits *type = type_of(&d->base.params, l, t);
+    size_t n_row = t->n_row * t->n_mat, bytes;
+    *part = (cpu_part){.fmt = cpu_fmt_of(type->type),
+                       .src = type,
+                       .n_row = (int64_t)t->n_row,
+                       .n_panel = ((int64_t)t->n_row + CPU_PANEL - 1) / CPU_PANEL,
+                       .panel_bytes = cpu_panel_bytes(cpu_fmt_of(type->type), (int64_t)t->n_col),
+                       .file = *t};
+    packing p = {.part = part,
+                 .src = t,
+                 .requantise = type->type != t->type,
+                 .row_bytes = (t->n_col + type->block_len - 1) / type->block_len * type->block_bytes};
+    switch (keep_of(&d->base.params, l, t)) {
+    case KEEP_FILE:
         return ORCD_OK;
-    if (!is_matrix(use) || !has_panels(&d->base.params, t, part->fmt)) {
-        size_t bytes = t->n_row * t->n_mat * mf_row_bytes(t);
+    case KEEP_ROWS:
+        bytes = n_row * p.row_bytes;
         part->rows = cpu_take(d, bytes);
-        if (!part->rows)
-            return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for %zu MiB of weight %s", bytes >> 20, t->name);
-        if (d->base.params.dry)
-            return ORCD_OK;
-        for (uint64_t m = 0; m < t->n_mat; m++)
-            mf_rows(t, m, 0, t->n_row, part->rows + m * t->n_row * mf_row_bytes(t));
-        return ORCD_OK;
+        break;
+    default:
+        bytes = (size_t)part->n_panel * t->n_mat * part->panel_bytes;
+        part->data = cpu_take(d, bytes);
+        break;
     }
-    size_t bytes = (size_t)part->n_panel * t->n_mat * part->panel_bytes;
-    part->data = cpu_take(d, bytes);
-    if (!part->data)
+    if (!part->rows && !part->data)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for %zu MiB of weight %s", bytes >> 20, t->name);
     if (d->base.params.dry)
         return ORCD_OK;
-    packing p = {.dev = d, .part = part, .src = t};
     pool_run(d->pool, pack_thread, &p);
-    if (atomic_load(&p.next) < (part->n_panel + PACK_RUN - 1) / PACK_RUN * (int64_t)t->n_mat)
+    if (atomic_load(&p.next) < runs_of(&p) * (int64_t)t->n_mat)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory while packing weight %s", t->name);
     mf_release(t);
     return ORCD_OK;
@@ -170,7 +222,7 @@ orcd_status cpu_load(be_device *dev, const be_load *l, be_weight **out, orcd_err
             ORCD_TRY_GOTO(st, done, load_floats(d, t, &w->vector, err));
             continue;
         }
-        ORCD_TRY_GOTO(st, done, load_part(d, l->use, t, &w->part[i], err));
+        ORCD_TRY_GOTO(st, done, load_part(d, l, t, &w->part[i], err));
         w->n_panel += w->part[i].n_panel;
         if (l->has_bias[i])
             ORCD_TRY_GOTO(st, done, load_floats(d, &l->bias[i], &w->bias[i], err));
