@@ -18,7 +18,7 @@ typedef struct q_kscale {
 void q_kscale_unpack(const uint8_t bytes[12], uint8_t sc[8], uint8_t m[8]);
 void q_kscale_pack(const uint8_t sc[8], const uint8_t m[8], uint8_t bytes[12]);
 
-/* Choose everything for 256 values with codes 0..q_max; x is finite. */
-void q_kscale_fit(const float *x, int q_max, q_kscale *out, uint8_t q[256]);
+/* Choose everything for 256 values with codes 0..q_max; values are finite. */
+void q_kscale_fit(const float *value, int q_max, q_kscale *out, uint8_t q[256]);
 
 #endif

@@ -1,5 +1,7 @@
 #include "quant/q6_k/q6_k.h"
 
+#include <emmintrin.h>
+
 #include "quant/block.h"
 
 static void unpack(const void *src, float *dst, size_t n) {
@@ -16,8 +18,10 @@ static void unpack(const void *src, float *dst, size_t n) {
 
 /* The best scale of 16 values with codes -32..31: scales around the one that maps the largest magnitude to -32,
  * each refitted by least squares to its own codes. The sign is free. */
-static double fit_sub(const float *x) {
-    double max = 0;
+static double fit_sub(const float *value) {
+    double max = 0, x[16];
+    for (int j = 0; j < 16; j++)
+        x[j] = value[j];
     for (int j = 0; j < 16; j++)
         if (fabs(x[j]) > fabs(max))
             max = x[j];
@@ -25,12 +29,16 @@ static double fit_sub(const float *x) {
         return 0;
     double best = 0, best_gain = -1;
     for (int step = -8; step <= 8; step++) {
-        double scale = max / (-32 + step * 0.25), xq = 0, qq = 0;
-        for (int j = 0; j < 16; j++) {
-            double q = q_nearest(x[j], scale, -32, 31);
-            xq += x[j] * q;
-            qq += q * q;
+        const __m128d inv = _mm_set1_pd((-32 + step * 0.25) / max), magic = _mm_set1_pd(0x1.8p52);
+        __m128d vxq = {0}, vqq = {0};
+        for (int j = 0; j < 16; j += 2) { /* q_nearest of two values; adding `magic` rounds to an integer */
+            __m128d v = _mm_loadu_pd(x + j), q = _mm_mul_pd(v, inv);
+            q = _mm_min_pd(_mm_max_pd(q, _mm_set1_pd(-32)), _mm_set1_pd(31));
+            q = _mm_sub_pd(_mm_add_pd(q, magic), magic);
+            vxq = _mm_add_pd(vxq, _mm_mul_pd(v, q));
+            vqq = _mm_add_pd(vqq, _mm_mul_pd(q, q));
         }
+        double xq = vxq[0] + vxq[1], qq = vqq[0] + vqq[1];
         if (qq > 0 && xq * xq / qq > best_gain) { /* error = sum of x^2 - gain */
             best_gain = xq * xq / qq;
             best = xq / qq;
