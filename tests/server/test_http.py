@@ -1,6 +1,7 @@
 """HTTP itself: framing, limits, keys, origins. Raw sockets, so that nothing is mended on the way."""
 import json
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -157,6 +158,25 @@ class Framing(unittest.TestCase):
         took = time.monotonic() - slow_header_t0
         self.assertGreater(took, 9)
         self.assertLess(took, 14 * SLOW)
+
+
+class Crowd(unittest.TestCase):
+    def test_requests_that_come_at_the_same_moment(self):
+        """Connections are open; all ask while the server looks away. libmicrohttpd's own thread lets 128 wait."""
+        ask = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        for n in (128, 129):
+            clients = [socket.create_connection(("127.0.0.1", server.port), timeout=5 * SLOW) for _ in range(n)]
+            for c in clients:
+                self.addCleanup(c.close)
+            server.get("/health")  # they are accepted
+            time.sleep(0.1)
+            os.kill(server.pid, signal.SIGSTOP)
+            try:
+                for c in clients:
+                    c.sendall(ask)
+            finally:
+                os.kill(server.pid, signal.SIGCONT)
+            self.assertEqual([status_of(c.recv(4096)) for c in clients], [200] * n)
 
 
 class Routes(unittest.TestCase):
