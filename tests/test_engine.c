@@ -726,6 +726,43 @@ static void long_prompt__streams_go_on_beside_it(void **state) {
     eng_close(e);
 }
 
+static job *ended[8];
+static int n_ended;
+
+static void note_end(void *ctx, const eng_result *r) {
+    ended[n_ended++] = ctx;
+    on_done(ctx, r);
+}
+
+/* Each is ready as soon as it can be, and a short one does not wait for the long ones before it. */
+static void prompts__are_computed_one_after_the_other(void **state) {
+    (void)state;
+    enum { LONG = 5 };
+    static int32_t prompt[LONG + 2][300];
+    job *j[LONG + 2];
+    eng *e = open_mini(LONG + 2, 0);
+    for (int i = 0; i < LONG + 2; i++) {
+        fill_ids(prompt[i], 300, (uint64_t)i + 40);
+        j[i] = new_job(prompt[i], i == 0 ? 4 : i <= LONG ? 300 : 20, 1);
+        j[i]->r.on_done = note_end;
+    }
+    j[0]->gate_at = 1; /* holds the engine until all are there */
+    n_ended = 0;
+    submit(e, j[0]);
+    wait_at_gate(j[0]);
+    for (int i = 1; i < LONG + 2; i++)
+        submit(e, j[i]);
+    open_gate(j[0]);
+    for (int i = 0; i < LONG + 2; i++)
+        wait_for(j[i]);
+    assert_ptr_equal(ended[1], j[LONG + 1]);
+    for (int i = 1; i <= LONG; i++)
+        assert_ptr_equal(ended[i + 1], j[i]);
+    for (int i = 0; i < LONG + 2; i++)
+        free_job(j[i]);
+    eng_close(e);
+}
+
 /* ---- failures ---- */
 
 static orcd_status bad_end(be_step *s, orcd_error *err);
@@ -867,6 +904,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(window__pages_stay_few_however_long_the_sequence),
         cmocka_unit_test(thousand_requests__pages_return),
         cmocka_unit_test(long_prompt__streams_go_on_beside_it),
+        cmocka_unit_test(prompts__are_computed_one_after_the_other),
     };
     const struct CMUnitTest host[] = {
         /* these look into or replace what a CPU backend does */

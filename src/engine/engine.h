@@ -177,6 +177,13 @@ void eng_cancel(eng *e, eng_ticket t);
 /* No new requests (ORCD_ERR_CANCELLED); what runs goes on. */
 void eng_drain(eng *e);
 
+/* What steps carried: tokens that follow others, prompts, or both. */
+typedef enum eng_work_kind { ENG_DECODE, ENG_PREFILL, ENG_MIXED, ENG_N_WORK } eng_work_kind;
+typedef struct eng_work {
+    uint64_t n_steps, n_decode, n_prefill; /* steps done; rows in them */
+    double s;                              /* that they took */
+} eng_work;
+
 typedef struct eng_stats { /* a snapshot, never blocking on the engine thread */
     int n_running, n_waiting, max_batch;
     uint64_t n_requests, n_preempted, n_tokens_in, n_tokens_cached, n_tokens_out, n_steps;
@@ -186,6 +193,7 @@ typedef struct eng_stats { /* a snapshot, never blocking on the engine thread */
     /* Sums: time in steps; of it in the model's forward; of it in the callbacks of requests. What is left is the
      * engine itself. */
     double step_s, forward_s, callback_s;
+    eng_work work[ENG_N_WORK];
     double heartbeat_age_s; /* since the engine thread last went round its loop */
     bool resident;          /* the model lies in the device's own memory; looked at once a minute */
     bool failed;            /* for good: see eng_failure */

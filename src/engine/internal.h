@@ -13,6 +13,7 @@
 
 #define MAX_BATCH 256
 #define MAX_TOP_LOGPROBS 20
+#define N_PACE 16
 #define MAX_SAVES 8 /* message boundaries of one prompt that are kept: the first two and the last six */
 
 typedef struct seq seq;
@@ -53,11 +54,17 @@ struct seq {
     double t_submit, t_start, t_first, t_last; /* seconds; t_first 0 = no token yet */
 };
 
+/* Running means over the steps of 2^k to 2^(k+1) - 1 rows; 0 = there was none. */
+typedef struct pace {
+    double rows, s;
+} pace;
+
 typedef struct eng_counters { /* written by the engine thread, read by anyone */
     atomic_int running, waiting;
     atomic_uint_fast64_t requests, preempted, tokens_in, tokens_cached, tokens_out, steps, by_stop[ENG_STOP_ERROR + 1],
         hits, lookups;
     atomic_uint_fast64_t step_ns, forward_ns, callback_ns, heartbeat_ns;
+    atomic_uint_fast64_t work_steps[ENG_N_WORK], work_decode[ENG_N_WORK], work_prefill[ENG_N_WORK], work_ns[ENG_N_WORK];
     atomic_bool failed, astray; /* astray: memory of the model was found outside the device */
 } eng_counters;
 
@@ -76,7 +83,7 @@ struct eng {
     prefix *cache;      /* NULL when off */
     disk *disk;         /* what it keeps on disk; NULL when off */
     samp *samp;
-    int max_rows; /* rows of one step: chunk, at least max_batch */
+    int max_rows; /* of one step: a chunk beside max_batch that decode */
 
     pthread_t thread;
     bool started;
@@ -94,7 +101,6 @@ struct eng {
     /* engine thread only */
     seq **order; /* [max_batch]: running, oldest first */
     int n_running;
-    int turn;                                          /* whose prefill goes first */
     bool may_admit;                                    /* something changed since the head of the queue did not fit */
     double look_at;                                    /* when the queue is next searched for deadlines */
     int32_t *row_token, *row_pos, *row_slot, *out_row; /* [max_rows] */
@@ -102,7 +108,7 @@ struct eng {
     int32_t *sampled;                                  /* [max_batch] */
     flight flight[2], *open;                           /* the one in hand is not `open` */
     float *logits;                                     /* [n_vocab], where the host cannot address the device */
-    double decode_s, row_s;                            /* running means: a step without prefill, one more prefill row */
+    pace pace[N_PACE];                                 /* what steps cost */
     double in_model, in_callbacks;                     /* seconds of this round that went to the model, to callbacks */
     double resident_at;                                /* when that is next looked at */
     double t_ready;                                    /* when the device was last known to be done */

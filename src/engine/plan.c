@@ -162,7 +162,7 @@ orcd_status plan_make(const char *name, const arch *a, const mf_file *f, arch_co
     p->max_batch = spec->n_slot;
     p->window = longest(spec);
     p->expert_share = c->n_expert ? (double)c->n_expert_used / c->n_expert : 0;
-    p->max_rows = p->chunk > spec->n_slot ? p->chunk : spec->n_slot;
+    p->max_rows = p->chunk + spec->n_slot - 1;
     spec->max_tok = p->max_rows;
     for (int pool = 0; pool < BE_N_POOLS; pool++)
         p->page_bytes[pool] = ops->kv_page_bytes(dev, spec, pool);

@@ -17,8 +17,9 @@
 #define CLOSE_SAVE_S 5.0   /* what is not on disk by then is computed anew after the next start */
 #define QUEUE_LOOK_S 0.02  /* how often the queue is searched for deadlines */
 #define STEP_TARGET_S 0.08 /* of a step that only prefills, so that a cancel is noticed within 100 ms */
+#define STEP_BESIDE_S 0.04 /* of a step that prefills beside decoding, or, if that is longer, */
+#define SLOWDOWN 4         /* so many times a pure decode step */
 #define STEP_LONGEST_S 1.0 /* beyond this even the smallest good slice is cut */
-#define SLOWDOWN 4         /* a step with prefill may take this many times a pure decode step */
 #define MIN_SLICE 16       /* prefill rows that are always worth a step */
 #define GROWTH 512         /* tokens that an answer of unknown length is expected to grow by */
 #define GROWTH_MOST 2048   /* more are not kept for one with a limit either: many clients always ask for very many */
@@ -226,25 +227,82 @@ static void sweep(eng *e, double now, bool closing, bool poked) {
 
 /* ---- one step ---- */
 
+static int pace_of(int rows) {
+    int k = 31 - __builtin_clz((unsigned)rows);
+    return k < N_PACE ? k : N_PACE - 1;
+}
+
+/* Seconds that a step of so many rows takes: on the line between the sizes that were seen, in proportion beyond. */
+static double step_seconds(const eng *e, double rows) {
+    const pace *below = NULL, *above = NULL;
+    for (int k = 0; k < N_PACE && !above; k++) {
+        const pace *p = &e->pace[k];
+        if (p->s > 0 && p->rows <= rows)
+            below = p;
+        else if (p->s > 0)
+            above = p;
+    }
+    if (!below || !above)
+        return below ? below->s * rows / below->rows : above ? above->s : 0;
+    return below->s + (above->s - below->s) * (rows - below->rows) / (above->rows - below->rows);
+}
+
+/* The most rows, from `least` to `most`, of a step that takes at most so long; at worst `least`. */
+static int rows_within(const eng *e, double seconds, int least, int most) {
+    while (least < most) {
+        int mid = least + (most - least + 1) / 2;
+        if (step_seconds(e, mid) <= seconds)
+            least = mid;
+        else
+            most = mid - 1;
+    }
+    return least;
+}
+
 /* Rows of prefill that this step may carry beside n_decode rows of decoding. */
 static int prefill_rows(const eng *e, int n_decode) {
-    int most = e->max_rows - n_decode, chunk = e->info.chunk;
-    most = most < chunk ? most : chunk;
-    if (n_decode && e->decode_s <= 0) /* measure a step without prefill first */
+    int most = e->info.chunk;
+    if (n_decode && e->pace[pace_of(n_decode)].s <= 0) /* measure a step without prefill first */
         return 0;
-    if (e->row_s <= 0)
+    if (step_seconds(e, MIN_SLICE) <= 0)
         return most < 4 * MIN_SLICE ? most : 4 * MIN_SLICE;
-    double target = n_decode ? (SLOWDOWN - 1) * e->decode_s : STEP_TARGET_S;
-    double least = n_decode ? MIN_SLICE : chunk / 4;
-    double rows = fmax(target / e->row_s, least);
-    rows = fmin(rows, fmax(STEP_LONGEST_S / e->row_s, MIN_SLICE));
-    return rows < most ? (int)rows : most;
+    double beside = fmax(SLOWDOWN * step_seconds(e, n_decode), STEP_BESIDE_S);
+    int slice = n_decode + MIN_SLICE, least = n_decode ? slice : most / 4;
+    int longest = rows_within(e, STEP_LONGEST_S, slice, n_decode + most);
+    least = least < longest ? least : longest;
+    int rows = rows_within(e, n_decode ? beside : STEP_TARGET_S, least, longest) - n_decode;
+    return rows < most ? rows : most;
 }
 
 /* The token that is awaited is the last there can be. */
 static bool awaits_last(const seq *s) { return s->awaits && s->n_tok + 1 >= s->n_limit; }
 
-/* Decide how many rows each sequence gets. */
+static int left_to_share(const seq *s) { return seq_decodes(s) ? 0 : seq_pending(s) - s->rows; }
+
+/* Give s up to n rows more; how many it takes. outs: output rows beyond one for each sequence. */
+static int give(seq *s, int n, int *outs) {
+    int left = left_to_share(s);
+    n = n < left ? n : left;
+    if (seq_scores(s)) { /* each row has an output */
+        int extra = s->rows ? n : n - 1;
+        extra = extra < *outs ? extra : *outs;
+        n = s->rows ? extra : extra + 1;
+        *outs -= extra;
+    }
+    s->rows += n;
+    return n;
+}
+
+static seq *shortest_left(const eng *e) {
+    seq *best = NULL;
+    for (int i = 0; i < e->n_running; i++)
+        if (left_to_share(e->order[i]) > 0 && (!best || left_to_share(e->order[i]) < left_to_share(best)))
+            best = e->order[i];
+    return best;
+}
+
+/* Decide how many rows each sequence gets. Prompts are computed one after the other: all at once, all would be ready
+ * when the last is. A quarter goes to the shortest, which need not wait for a long one before them. */
 static void share_out(eng *e) {
     int n_decode = 0, n_prefill = 0;
     for (int i = 0; i < e->n_running; i++) {
@@ -254,23 +312,15 @@ static void share_out(eng *e) {
         n_decode += s->rows;
         n_prefill += !decodes;
     }
-    int rows = n_prefill ? prefill_rows(e, n_decode) : 0;
-    int spare = e->info.max_batch - e->n_running; /* output rows beyond one for each */
-    e->turn = n_prefill ? e->turn + 1 : 0;
-    for (int k = 0; k < e->n_running && rows > 0; k++) { /* equal shares; what one leaves, the next ones get */
-        seq *s = e->order[(k + e->turn) % e->n_running];
-        if (seq_decodes(s))
-            continue;
-        int even = rows / n_prefill--;
-        even = even < MIN_SLICE ? MIN_SLICE : even;
-        even = even < rows ? even : rows;
-        s->rows = even < seq_pending(s) ? even : seq_pending(s);
-        if (seq_scores(s) && s->rows > 1 + spare)
-            s->rows = 1 + spare;
-        if (seq_scores(s))
-            spare -= s->rows - 1;
-        rows -= s->rows;
-    }
+    if (!n_prefill)
+        return;
+    int rows = prefill_rows(e, n_decode), outs = e->info.max_batch - e->n_running;
+    int quick = rows / 4, given;
+    for (seq *s; quick > 0 && (s = shortest_left(e)) && (given = give(s, quick, &outs)) > 0; quick -= given)
+        rows -= given;
+    for (int i = 0; i < e->n_running && rows > 0; i++)
+        if (left_to_share(e->order[i]) > 0)
+            rows -= give(e->order[i], rows, &outs);
 }
 
 /* Pages for the rows of this step: where they do not suffice, the youngest go, never the oldest, which therefore comes
@@ -352,14 +402,25 @@ static orcd_status submit(eng *e, const be_batch *b, flight *f, bool sample, orc
 
 static void mean(double *v, double x) { *v = *v > 0 ? *v + SMOOTH * (x - *v) : x; }
 
-/* The step is done: learn what its rows cost. */
+/* The step is done: learn what its rows cost. What larger and smaller steps cost is bounded by it: they may have been
+ * slow once, and a size that seems too slow is never tried again. */
 static void measure(eng *e, const flight *f) {
     double now = eng_now(), seconds = now - fmax(f->t_submit, e->t_ready);
+    int rows = f->n_prefill + f->n_decode, at = pace_of(rows);
+    pace *p = &e->pace[at];
+    eng_work_kind kind = f->n_prefill == 0 ? ENG_DECODE : f->n_decode == 0 ? ENG_PREFILL : ENG_MIXED;
     e->t_ready = now;
-    if (f->n_prefill == 0)
-        mean(&e->decode_s, seconds);
-    else if (f->n_prefill >= MIN_SLICE)
-        mean(&e->row_s, fmax(seconds - (f->n_decode ? e->decode_s : 0), seconds / 8) / f->n_prefill);
+    eng_count(&e->n.work_steps[kind], 1);
+    eng_count(&e->n.work_decode[kind], (uint64_t)f->n_decode);
+    eng_count(&e->n.work_prefill[kind], (uint64_t)f->n_prefill);
+    eng_count(&e->n.work_ns[kind], (uint64_t)(seconds * 1e9));
+    mean(&p->rows, rows);
+    mean(&p->s, seconds);
+    for (int k = 0; k < N_PACE; k++) {
+        pace *q = &e->pace[k];
+        double most = k < at ? p->s : p->s * q->rows / p->rows;
+        q->s = k != at && q->s > most ? most : q->s;
+    }
 }
 
 /* Wait for the open step's tokens. */

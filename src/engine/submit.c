@@ -81,6 +81,9 @@ void eng_get_stats(const eng *e, eng_stats *out) {
                        .callback_s = (double)get(&n->callback_ns) * 1e-9,
                        .resident = !atomic_load_explicit(&n->astray, memory_order_relaxed),
                        .failed = atomic_load_explicit(&n->failed, memory_order_relaxed)};
+    for (int i = 0; i < ENG_N_WORK; i++)
+        out->work[i] = (eng_work){get(&n->work_steps[i]), get(&n->work_decode[i]), get(&n->work_prefill[i]),
+                                  (double)get(&n->work_ns[i]) * 1e-9};
     for (int i = 0; i <= ENG_STOP_ERROR; i++)
         out->n_by_stop[i] = get(&n->by_stop[i]);
     for (int pool = 0; pool < BE_N_POOLS; pool++) {
