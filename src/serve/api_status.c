@@ -35,6 +35,19 @@ void api_health(http_exchange *x, void *ctx) {
     http_reply_json(x, healthy ? 200 : 503, o, NULL);
 }
 
+static void print_work(const eng_work work[ENG_N_WORK], buf *out) {
+    static const char *const kind[ENG_N_WORK] = {
+        [ENG_DECODE] = "decode", [ENG_PREFILL] = "prefill", [ENG_MIXED] = "mixed"};
+    buf_str(out, "# HELP worker_engine_work_total Steps by what they carried: steps, rows of decoding and of prompts, "
+                 "seconds.\n# TYPE worker_engine_work_total counter\n");
+    for (int i = 0; i < ENG_N_WORK; i++) {
+        const double v[] = {(double)work[i].n_steps, (double)work[i].n_decode, (double)work[i].n_prefill, work[i].s};
+        static const char *const of[] = {"steps", "decode_rows", "prompt_rows", "seconds"};
+        for (size_t k = 0; k < ORCD_COUNT(of); k++)
+            buf_printf(out, "worker_engine_work_total{kind=\"%s\",of=\"%s\"} %.15g\n", kind[i], of[k], v[k]);
+    }
+}
+
 static void print_engine(const server *s, const eng_stats *e, buf *out) {
     static const char *const pool[BE_N_POOLS] = {[BE_POOL_FULL] = "full", [BE_POOL_WINDOW] = "window"};
     const arch_config *cfg = eng_config(s->engine);
@@ -61,6 +74,7 @@ static void print_engine(const server *s, const eng_stats *e, buf *out) {
     metrics_counter(out, "worker_engine_step_seconds_total", "Time in steps.", e->step_s);
     metrics_counter(out, "worker_engine_forward_seconds_total", "Of it, in the model.", e->forward_s);
     metrics_counter(out, "worker_engine_callback_seconds_total", "Of it, making and queueing answers.", e->callback_s);
+    print_work(e->work, out);
     buf_str(out, "# HELP worker_kv_pages Pages of the KV memory.\n# TYPE worker_kv_pages gauge\n");
     for (int i = 0; i < BE_N_POOLS; i++)
         buf_printf(out,
