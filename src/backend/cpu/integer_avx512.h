@@ -21,11 +21,13 @@ static inline __m512 NAME(join_planes)(const __m512i *a) {
 
 /* ---- 8-bit weights ---- */
 
-TILE NAME(i8_tile)(const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
+TILE NAME(i8_tile)(const uint8_t *panel, const uint8_t *next, int64_t n64, const void *const *x, const int T,
+                   float *y) {
     __m512 f[8];
     UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
     for (int64_t b = 0; b < n64; b++, panel += 1088) {
         __m512 part[8];
+        FETCH_NEXT(next ? next + b * 1088 : NULL, 1088);
         UNROLL for (int h = 0; h < 2; h++) {
             __m512i a[8][2];
             UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], cpu_q_c32(x[t], n64)[b * 2 + h]);
@@ -46,7 +48,8 @@ TILE NAME(i8_tile)(const uint8_t *panel, int64_t n64, const void *const *x, cons
 static void NAME(dot_i8)(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch) {
     (void)scratch;
     int64_t n64 = cpu_n64(n_col);
-#define CALL(T) NAME(i8_tile)(panel, n64, x + at_, T, y + at_ * 16)
+    const uint8_t *next = n > 2 ? panel + n64 * 1088 : NULL; /* else the hardware does better alone */
+#define CALL(T) NAME(i8_tile)(panel, at_ ? NULL : next, n64, x + at_, T, y + at_ * 16)
     FOR_TILES(n, CALL)
 #undef CALL
 }
@@ -85,11 +88,12 @@ TILE NAME(mx4_tile)(const uint8_t *panel, int64_t n64, const void *const *x, con
     UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
 }
 
-TILE NAME(u8_tile)(const uint8_t *w64, int64_t n64, const void *const *x, const int T, float *y) {
+TILE NAME(u8_tile)(const uint8_t *w64, const uint8_t *next, int64_t n64, const void *const *x, const int T, float *y) {
     __m512 f[8];
     UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
     for (int64_t b = 0; b < n64; b++, w64 += 1088) {
         __m512i a[8][2];
+        FETCH_NEXT(next ? next + b * 544 : NULL, 544);
         UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], cpu_q_c64(x[t], n64)[b]);
         UNROLL for (int g = 0; g < 16; g++) {
             __m512i w = _mm512_loadu_si512(w64 + 64 + g * 64);
@@ -151,7 +155,8 @@ static void NAME(dot_mx4)(const uint8_t *panel, int64_t n_col, const void *const
         return;
     }
     mx4_unpack(panel, n64, scratch);
-#define CALL(T) NAME(u8_tile)(scratch, n64, x + at_, T, y + at_ * 16)
+    const uint8_t *next = panel + cpu_panel_bytes(CPU_MX4, n_col);
+#define CALL(T) NAME(u8_tile)(scratch, at_ ? NULL : next, n64, x + at_, T, y + at_ * 16)
     FOR_TILES(n, CALL)
 #undef CALL
 }

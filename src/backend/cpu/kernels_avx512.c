@@ -23,6 +23,14 @@ static inline __m512i bytes4(const void *p) {
 
 static inline __m512 bytes16(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p))); }
 
+/* With many rows a panel is computed long enough to bring the one behind it: `at` is the place of the same block
+ * there, or NULL. */
+#define FETCH_NEXT(at, bytes)                                                                                          \
+    do {                                                                                                               \
+        if (at)                                                                                                        \
+            UNROLL for (int i_ = 0; i_ < (bytes); i_ += 64) __builtin_prefetch((at) + i_, 0, 2);                       \
+    } while (0)
+
 static inline __m512 half16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 
 /* Call TILE_FN with T = 8 as long as possible, then 4, 2, 1. */

@@ -3,7 +3,7 @@
 
 #include "backend/cpu/internal.h"
 
-enum { EXPERT_RUN = 4 /* panels taken at a time */ };
+enum { RUN_FEW = 4, RUN_MANY = 12 /* panels taken at a time */ };
 
 /* ---- router ---- */
 
@@ -182,8 +182,8 @@ static void combine(const cpu_cmd *c, int64_t row, const float *out, int64_t out
 static void down_few(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x, const groups *g) {
     int64_t n = c->x->base.n_row, n_panel = c->w2->part[0].n_panel, n_row = c->w2->base.n_row;
     float *out = s->dev->local[thread].y + CPU_TOKENS * CPU_PANEL; /* [entry][16] */
-    for (int64_t i; (i = atomic_fetch_add_explicit(&c->next[1], EXPERT_RUN, memory_order_relaxed)) < n_panel;)
-        for (int64_t p = i; p < i + EXPERT_RUN && p < n_panel; p++) {
+    for (int64_t i; (i = atomic_fetch_add_explicit(&c->next[1], RUN_FEW, memory_order_relaxed)) < n_panel;)
+        for (int64_t p = i; p < i + RUN_FEW && p < n_panel; p++) {
             for (int e = 0; e < g->n_active; e++)
                 down_panel(s, c, thread, x, g, g->active[e], p, out, CPU_PANEL);
             int64_t lanes = n_row - p * CPU_PANEL < CPU_PANEL ? n_row - p * CPU_PANEL : CPU_PANEL;
@@ -194,9 +194,9 @@ static void down_few(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x, con
 
 static void down_many(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x, const groups *g) {
     cpu_device *d = s->dev;
-    int64_t n_panel = c->w2->part[0].n_panel, runs = (n_panel + EXPERT_RUN - 1) / EXPERT_RUN, stride = d->sized.n_ff;
+    int64_t n_panel = c->w2->part[0].n_panel, runs = (n_panel + RUN_MANY - 1) / RUN_MANY, stride = d->sized.n_ff;
     for (int64_t i; (i = atomic_fetch_add_explicit(&c->next[1], 1, memory_order_relaxed)) < runs * g->n_active;)
-        for (int64_t p = i % runs * EXPERT_RUN, end = p + EXPERT_RUN; p < end && p < n_panel; p++)
+        for (int64_t p = i % runs * RUN_MANY, end = p + RUN_MANY; p < end && p < n_panel; p++)
             down_panel(s, c, thread, x, g, g->active[i / runs], p, d->shared.down + p * CPU_PANEL, stride);
     pool_barrier(d->pool);
     for (int64_t t = thread; t < c->x->base.n_row; t += d->n_thread)
@@ -212,9 +212,9 @@ static void run_experts(cpu_step *s, cpu_cmd *c, int thread) {
     /* Grouping is cheap against the products: every thread makes its own. */
     group(c->route, n, c->top_k, (int)c->w->base.n_mat, d->local[thread].list, &g);
     cpu_prepare(s, thread, &c->norm, c->x->data, n, c->w->base.n_col, cpu_wants_ints(c->w), &x);
-    int64_t n_panel = c->w->part[0].n_panel, runs = (n_panel + EXPERT_RUN - 1) / EXPERT_RUN;
+    int64_t run = few ? RUN_FEW : RUN_MANY, n_panel = c->w->part[0].n_panel, runs = (n_panel + run - 1) / run;
     for (int64_t i; (i = atomic_fetch_add_explicit(&c->next[0], 1, memory_order_relaxed)) < runs * g.n_active;)
-        for (int64_t p = i % runs * EXPERT_RUN, end = p + EXPERT_RUN; p < end && p < n_panel; p++)
+        for (int64_t p = i % runs * run, end = p + run; p < end && p < n_panel; p++)
             gate_up_panel(s, c, thread, &x, &g, g.active[i / runs], p);
     pool_barrier(d->pool);
 
