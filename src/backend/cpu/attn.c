@@ -27,12 +27,7 @@ static void run_rope(cpu_step *s, cpu_cmd *c, int thread) {
     }
     for (int64_t i = thread; i < c->y->base.n_row * heads; i += s->dev->n_thread) {
         float *x = c->y->data + i / heads * c->y->stride + i % heads * a->head_dim;
-        const float *t = s->dev->shared.rope + i / heads * a->head_dim;
-        for (int j = 0; j < half; j++) {
-            float x0 = x[j], x1 = x[half + j];
-            x[j] = x0 * t[j] - x1 * t[half + j];
-            x[half + j] = x1 * t[j] + x0 * t[half + j];
-        }
+        s->dev->k->rotate(x, s->dev->shared.rope + i / heads * a->head_dim, half);
     }
 }
 

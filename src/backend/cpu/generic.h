@@ -338,6 +338,30 @@ static inline void gen_gelu_tanh(float *y, int64_t n) {
     }
 }
 
+static inline void gen_put(const float *dot, const float *bias, int64_t n, bool add, float *y, int64_t stride) {
+    for (int64_t i = 0; i < n; i++)
+        for (int r = 0; r < 16; r++)
+            y[i * stride + r] = dot[i * 16 + r] + bias[r] + (add ? y[i * stride + r] : 0);
+}
+
+static inline void gen_combine(const float *x, int64_t stride, const float *weight, int n, float *y) {
+    float sum[16] = {0};
+    for (int k = 0; k < n; k++)
+        for (int r = 0; r < 16; r++)
+            sum[r] += weight[k * 2] * x[k * stride + r];
+    for (int r = 0; r < 16; r++)
+        y[r] += sum[r];
+}
+
+static inline void gen_rotate(float *restrict x, const float *restrict turn, int half) {
+    float *restrict x1 = x + half;
+    for (int j = 0; j < half; j++) {
+        float a = x[j], b = x1[j];
+        x[j] = a * turn[j] - b * turn[half + j];
+        x1[j] = b * turn[j] + a * turn[half + j];
+    }
+}
+
 /* ---- attention ---- */
 
 /* Online softmax of one page's scores: s[64] becomes weights, invisible ones 0. Returns the factor of what was
@@ -400,6 +424,7 @@ static inline void gen_attn_f16(cpu_attn_tile *t, const void *k, const void *v) 
             [CPU_MX4] = gen_dot_mx4, [CPU_Q41] = gen_dot_q41, [CPU_Q51] = gen_dot_q51,   [CPU_Q4K] = gen_dot_q4k,      \
             [CPU_Q5K] = gen_dot_q5k, [CPU_Q6K] = gen_dot_q6k},                                                         \
     .quantise = gen_quantise, .rms_norm = gen_rms_norm, .layer_norm = gen_layer_norm, .glu = gen_glu,                  \
-    .gelu_tanh = gen_gelu_tanh, .attn_f16 = gen_attn_f16, .attn_f32 = gen_attn_f32
+    .gelu_tanh = gen_gelu_tanh, .put = gen_put, .combine = gen_combine, .rotate = gen_rotate,                          \
+    .attn_f16 = gen_attn_f16, .attn_f32 = gen_attn_f32
 
 #endif

@@ -138,6 +138,12 @@ typedef struct cpu_kernels {
     /* y = g * sigmoid(alpha g) * (u + 1), g and u clamped; n a multiple of 16; y may be g */
     void (*glu)(const float *g, const float *u, int64_t n, float alpha, float limit, float *y);
     void (*gelu_tanh)(float *y, int64_t n); /* n a multiple of 16 */
+    /* y = dot + bias[16] (+ y) for n rows of 16; y may be dot */
+    void (*put)(const float *dot, const float *bias, int64_t n, bool add, float *y, int64_t stride);
+    /* y[16] += sum over k of weight[2 k] * x[k * stride + 0..15], in the order of k */
+    void (*combine)(const float *x, int64_t stride, const float *weight, int n, float *y);
+    /* rotary positions of one head: turn holds `half` cosines, then `half` sines */
+    void (*rotate)(float *x, const float *turn, int half);
     void (*attn_f16)(cpu_attn_tile *t, const void *k, const void *v);
     void (*attn_f32)(cpu_attn_tile *t, const void *k, const void *v);
 } cpu_kernels;

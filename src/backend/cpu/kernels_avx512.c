@@ -312,7 +312,8 @@ static void attn_f32(cpu_attn_tile *t, const void *k, const void *v) {
                 [CPU_Q51] = dot_q51_##bits, [CPU_Q4K] = dot_q4k_##bits, [CPU_Q5K] = dot_q5k_##bits,                    \
                 [CPU_Q6K] = dot_q6k_##bits},                                                                           \
         .quantise = quantise_##bits, .rms_norm = gen_rms_norm, .layer_norm = gen_layer_norm, .glu = gen_glu,           \
-        .gelu_tanh = gen_gelu_tanh, .attn_f16 = attn_f16, .attn_f32 = attn_f32,                                        \
+        .gelu_tanh = gen_gelu_tanh, .put = gen_put, .combine = gen_combine, .rotate = gen_rotate,                      \
+        .attn_f16 = attn_f16, .attn_f32 = attn_f32,                                                                    \
     }
 
 const cpu_kernels cpu_kernels_avx512 = TABLE(16), cpu_kernels_avx512_8 = TABLE(8);

@@ -116,12 +116,11 @@ static void dot_panel(cpu_step *s, int thread, const cpu_weight *w, int part, in
     s->dev->k->dot[p->fmt](panel, w->base.n_col, x, n, y, l->dot);
     if (!w->bias[part])
         return;
-    const float *bias = w->bias[part] + mat * p->n_row + index * CPU_PANEL;
+    float bias[CPU_PANEL] = {0};
     int64_t left = p->n_row - index * CPU_PANEL;
-    int lanes = left < CPU_PANEL ? (int)left : CPU_PANEL;
-    for (int t = 0; t < n; t++)
-        for (int r = 0; r < lanes; r++)
-            y[t * CPU_PANEL + r] += bias[r];
+    memcpy(bias, w->bias[part] + mat * p->n_row + index * CPU_PANEL,
+           (size_t)(left < CPU_PANEL ? left : CPU_PANEL) * sizeof *bias);
+    s->dev->k->put(y, bias, n, false, y, CPU_PANEL);
 }
 
 static const void *row_of(const cpu_rows *x, bool ints, int64_t i) {
@@ -167,15 +166,18 @@ static void down_panel(cpu_step *s, const cpu_cmd *c, int thread, const cpu_rows
 }
 
 /* y += sum over slots of weight * out, in slot order */
-static void combine(const cpu_cmd *c, int64_t row, const float *out, int64_t out_stride, int64_t col, int64_t n) {
-    const float *route = c->route->data + row * c->route->stride;
-    float *y = c->y->data + row * c->y->stride + col;
-    for (int64_t i = 0; i < n; i++) {
-        float sum = 0;
-        for (int k = 0; k < c->top_k; k++)
-            sum += route[k * 2 + 1] * out[k * out_stride + i];
-        y[i] += sum;
-    }
+static void combine(const cpu_device *d, const cpu_cmd *c, int64_t row, const float *out, int64_t out_stride,
+                    int64_t col, int64_t n) {
+    const float *weight = c->route->data + row * c->route->stride + 1;
+    float *y = c->y->data + row * c->y->stride + col, last[CPU_PANEL] = {0};
+    int64_t i = 0;
+    for (; i + CPU_PANEL <= n; i += CPU_PANEL)
+        d->k->combine(out + i, out_stride, weight, c->top_k, y + i);
+    if (i == n)
+        return;
+    memcpy(last, y + i, (size_t)(n - i) * sizeof *last);
+    d->k->combine(out + i, out_stride, weight, c->top_k, last);
+    memcpy(y + i, last, (size_t)(n - i) * sizeof *last);
 }
 
 /* Few rows: entries are few enough that each thread finishes the outputs of its panels. */
@@ -188,7 +190,7 @@ static void down_few(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x, con
                 down_panel(s, c, thread, x, g, g->active[e], p, out, CPU_PANEL);
             int64_t lanes = n_row - p * CPU_PANEL < CPU_PANEL ? n_row - p * CPU_PANEL : CPU_PANEL;
             for (int64_t t = 0; t < n; t++)
-                combine(c, t, out + t * c->top_k * CPU_PANEL, CPU_PANEL, p * CPU_PANEL, lanes);
+                combine(s->dev, c, t, out + t * c->top_k * CPU_PANEL, CPU_PANEL, p * CPU_PANEL, lanes);
         }
 }
 
@@ -200,7 +202,7 @@ static void down_many(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x, co
             down_panel(s, c, thread, x, g, g->active[i / runs], p, d->shared.down + p * CPU_PANEL, stride);
     pool_barrier(d->pool);
     for (int64_t t = thread; t < c->x->base.n_row; t += d->n_thread)
-        combine(c, t, d->shared.down + t * c->top_k * stride, stride, 0, c->w2->base.n_row);
+        combine(d, c, t, d->shared.down + t * c->top_k * stride, stride, 0, c->w2->base.n_row);
 }
 
 static void run_experts(cpu_step *s, cpu_cmd *c, int thread) {

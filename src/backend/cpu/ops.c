@@ -71,24 +71,24 @@ typedef struct product { /* a panel's outputs for some rows */
     int n_lane;
 } product;
 
-static void finish_linear(const cpu_device *d, const cpu_cmd *c, const product *p, const float *dot) {
+static void finish_linear(const cpu_device *d, const cpu_cmd *c, const product *p, float *dot) {
     cpu_act *y = c->y;
-    for (int64_t i = 0; i < p->n; i++) {
-        float v[CPU_PANEL], *out = y->data + (p->row + i) * y->stride + p->col;
-        memcpy(v, dot + i * CPU_PANEL, sizeof v);
-        for (int r = 0; p->bias && r < p->n_lane; r++)
-            v[r] += p->bias[r];
-        if (c->epilogue == BE_EPI_GELU_TANH)
-            d->k->gelu_tanh(v, CPU_PANEL);
-        for (int r = 0; c->epilogue == BE_EPI_GELU_ERF && r < CPU_PANEL; r++)
-            v[r] = 0.5f * v[r] * (1.0f + erff(v[r] * 0.70710678f));
-        for (int r = 0; c->epilogue == BE_EPI_ADD && r < p->n_lane; r++)
-            v[r] += out[r];
-        if (p->n_lane == CPU_PANEL)
-            memcpy(out, v, sizeof v);
-        else
-            memcpy(out, v, (size_t)p->n_lane * sizeof *v);
+    float bias[CPU_PANEL] = {0}, *out = y->data + p->row * y->stride + p->col;
+    bool add = c->epilogue == BE_EPI_ADD;
+    if (p->bias)
+        memcpy(bias, p->bias, (size_t)p->n_lane * sizeof *bias);
+    if (p->n_lane == CPU_PANEL && (add || c->epilogue == BE_EPI_NONE)) {
+        d->k->put(dot, bias, p->n, add, out, y->stride);
+        return;
     }
+    d->k->put(dot, bias, p->n, false, dot, CPU_PANEL);
+    if (c->epilogue == BE_EPI_GELU_TANH)
+        d->k->gelu_tanh(dot, p->n * CPU_PANEL);
+    for (int64_t i = 0; c->epilogue == BE_EPI_GELU_ERF && i < p->n * CPU_PANEL; i++)
+        dot[i] = 0.5f * dot[i] * (1.0f + erff(dot[i] * 0.70710678f));
+    for (int64_t i = 0; i < p->n; i++)
+        for (int r = 0; r < p->n_lane; r++)
+            out[i * y->stride + r] = dot[i * CPU_PANEL + r] + (add ? out[i * y->stride + r] : 0);
 }
 
 /* Find panel `index` of the stacked parts. */
