@@ -16,8 +16,9 @@ typedef struct target {
     be_device *dev;
 } target;
 
-static int default_chunk(const char *backend) {
-    return strcmp(backend, "cuda") == 0 ? 1024 : strcmp(backend, "ref") == 0 ? 64 : 256;
+/* A large step is a fifth faster for many prompts; for few sequences its memory is better spent on other things. */
+static int default_chunk(const char *backend, int n_slot) {
+    return strcmp(backend, "cuda") == 0 ? (n_slot < 16 ? 1024 : 2048) : strcmp(backend, "ref") == 0 ? 64 : 256;
 }
 
 static uint64_t pages_bytes(const eng_plan *p, const int n_page[BE_N_POOLS]) {
@@ -157,7 +158,7 @@ orcd_status plan_make(const char *name, const arch *a, const mf_file *f, arch_co
                       const eng_params *prm, be_kv_spec *spec, eng_plan *p, orcd_error *err) {
     const target e = {name, a, f, c, dev};
     const be_ops *ops = dev->ops;
-    *p = (eng_plan){.chunk = prm->chunk ? prm->chunk : default_chunk(ops->name), .n_ctx_train = c->n_ctx};
+    *p = (eng_plan){.chunk = prm->chunk ? prm->chunk : default_chunk(ops->name, spec->n_slot), .n_ctx_train = c->n_ctx};
     ops->describe(dev, p->device, sizeof p->device);
     p->max_batch = spec->n_slot;
     p->window = longest(spec);
