@@ -137,8 +137,9 @@ $B/fuzz_%: $B/fuzz/fuzz_%.o $B/liborcd.a
 
 # On a machine with a GPU: the backend against the reference, golden logits, the demo model against the CPU.
 CUDA_TESTS := test_ops test_ops_sequence test_decode test_plan
-test-cuda: all $(CUDA_TESTS:%=$B/tests/%) $B/tests/test_engine $B/tests/test_golden $B/tests/fault.so
-	$(Q)for t in $(CUDA_TESTS) test_engine; do $B/tests/$$t cuda || exit 1; done; $B/tests/test_golden
+CUDA_ENGINE_TESTS := test_engine test_engine_many
+test-cuda: all $(patsubst %,$B/tests/%,$(CUDA_TESTS) $(CUDA_ENGINE_TESTS)) $B/tests/test_golden $B/tests/fault.so
+	$(Q)for t in $(CUDA_TESTS) $(CUDA_ENGINE_TESTS); do $B/tests/$$t cuda || exit 1; done; $B/tests/test_golden
 	$(Q)ORCD=$(CURDIR)/$B/orcd ORCD_BUILD=$B tests/cuda/run_cuda_faults
 
 # The same operations under compute-sanitizer, and the fused step on one layer: half an hour.
