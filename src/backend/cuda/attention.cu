@@ -295,6 +295,8 @@ template <class T> static void launch_dim(cuda_run *r, const attn_args &a, int o
         launch_typed<128, T>(r, a, ones, tiles);
 }
 
+#define MANY_PAIRS 64 /* rows x KV heads from which warps have enough pages one after the other */
+
 void cuda_run_attention(cuda_run *r, const cuda_cmd *c) {
     const be_attn *t = &c->attn;
     const cuda_kv *kv = r->kv;
@@ -322,8 +324,10 @@ void cuda_run_attention(cuda_run *r, const cuda_cmd *c) {
     /* a window of w keys lies in at most w / 512 + 2 super-chunks */
     const int span = t->window > 0 ? t->window / (SUPER * BE_PAGE) + 2 : r->shape.reach;
     a.reach = span < r->shape.reach ? span : r->shape.reach;
-    const int ones = r->shape.ones;
-    int tiles = r->shape.tiles;
+    int ones = r->shape.ones, tiles = r->shape.tiles;
+    const int pairs = ones * t->n_kv_head;
+    if ((pairs > MANY_PAIRS || (int64_t)pairs * a.reach > CUDA_MAX_PARTIAL) && attn_run_many(r, a, ones))
+        ones = 0;
     if (tiles && attn_run_long(r, a, tiles))
         tiles = 0;
     if (kv->base.spec.type == BE_KV_F32)

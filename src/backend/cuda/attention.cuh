@@ -6,8 +6,8 @@
  * Every kernel computes the same numbers in this order; they differ in who takes which pages:
  *
  *   attention.cu       one: a warp a page, for few sequences with one row each; tile: a warp walks all pages of 16 rows
- *   attention_long.cu  tile's work with pages in shared memory: prompts */
-
+ *   attention_long.cu  tile's work with pages in shared memory: prompts
+ *   attention_many.cu  a warp walks the pages of a row and KV head after the other: many sequences with one row each */
 #ifndef ORCD_BACKEND_CUDA_ATTENTION_CUH
 #define ORCD_BACKEND_CUDA_ATTENTION_CUH
 
@@ -32,7 +32,8 @@ struct attn_args {
     int64_t ldy;
     float *partial;
     uint32_t *arrived;
-    int reach; /* `one`: super-chunks allotted to a row */
+    int reach;  /* `one`: super-chunks allotted to a row */
+    int n_slot; /* `many`: partial results that there is room for */
 };
 
 static __device__ __forceinline__ uint4 and4(uint4 a, uint4 b) {
@@ -111,7 +112,8 @@ static __device__ __forceinline__ attn_rows rows_of_warp(const attn_args &a, int
     return r;
 }
 
-/* False when the kernel is not made for these shapes. */
+/* Launchers; false when the kernel is not made for these shapes. */
 bool attn_run_long(cuda_run *r, const attn_args &a, int tiles);
+bool attn_run_many(cuda_run *r, attn_args a, int ones);
 
 #endif

@@ -102,6 +102,15 @@ static inline uint8_t *cuda_kv_layer(const cuda_kv *kv, int pool, int layer) {
     return kv->pages[pool] + (int64_t)kv->sub[layer] * kv->base.spec.n_kv_head * kv->head_bytes;
 }
 
+/* Whether attention_many.cu can take this many single rows of heads that share a KV head among `group`. */
+#define CUDA_MANY_ROWS 256
+#define CUDA_MAX_PARTIAL 8192 /* partial results of one attention; counters */
+static inline bool cuda_attn_many(const cuda_kv *kv, int ones, int group) {
+    const be_kv_spec *s = &kv->base.spec;
+    return s->head_dim == 64 && s->type != BE_KV_F32 && group <= 8 && ones <= CUDA_MANY_ROWS &&
+           (int64_t)ones * s->n_kv_head <= CUDA_MAX_PARTIAL;
+}
+
 /* ---- one step ---- */
 
 /* In device memory, at the head of the batch block: everything about a batch that a replayed graph must read. */
@@ -184,8 +193,9 @@ struct cuda_step {
     be_step base;
     cuda_cmd *cmd;
     int n_cmd, cap_cmd;
-    bool samples, taps, wide; /* wide: more than 16 query heads share a KV head */
-    orcd_error error;         /* of recording; code ORCD_OK = none */
+    bool samples, taps;
+    int group;        /* query heads that share a KV head, at most */
+    orcd_error error; /* of recording; code ORCD_OK = none */
     be_sample *sample;
 };
 
@@ -197,7 +207,6 @@ struct cuda_staging { /* pinned; free again once `done` has passed */
     cudaEvent_t done;
 };
 
-#define CUDA_MAX_PARTIAL 8192 /* attention splits of one launch */
 #define CUDA_SAMPLE_PARTS 64
 #define CUDA_MAX_EXPERT 1024
 #define CUDA_ROUTE_ROWS 128 /* steps of more rows route several rows a block where cuda_routes_many */

@@ -233,8 +233,8 @@ template <class T>
 static __global__ __launch_bounds__(KV_WARPS * 32) void kv_write_kernel(cuda_arrays a, const float *qkv, int width,
                                                                         int n_head, int n_kv, int head_dim,
                                                                         kv_layer l) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch(); /* late: attention may then read positions, page tables and old pages before its wait */
     const int row = blockIdx.x, head = kv_head(), lane = threadIdx.x % 32;
     if (row >= a.batch->n_tok || head >= 2 * n_kv)
         return;
@@ -250,8 +250,8 @@ static __global__ __launch_bounds__(KV_WARPS * 32) void kv_write_kernel(cuda_arr
 template <class T>
 static __global__ __launch_bounds__(KV_WARPS * 32) void rope_write_kernel(cuda_arrays a, const float2 *cs, float *qkv,
                                                                           int width, int n_head, int n_kv, kv_layer l) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch(); /* late: attention may then read positions, page tables and old pages before its wait */
     const int row = blockIdx.x, head = kv_head(), lane = threadIdx.x % 32, dim = l.dim, half = dim / 2;
     if (row >= a.batch->n_tok || head >= n_head + 2 * n_kv)
         return;

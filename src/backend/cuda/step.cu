@@ -26,7 +26,8 @@ orcd_status cuda_step_begin(be_device *base, be_kv *kv, const be_batch *b, be_st
     s->base.kv = kv;
     s->base.batch = *b;
     s->n_cmd = 0;
-    s->samples = s->taps = s->wide = false;
+    s->samples = s->taps = false;
+    s->group = 0;
     s->error.code = ORCD_OK;
     d->in_step = true;
     *out = &s->base;
@@ -143,7 +144,8 @@ static cuda_cmd *record_attn(be_step *s, cuda_op op, const be_attn *a, be_act *x
     int freq = a->rotary ? find_freq((cuda_step *)s, a) : -1;
     cuda_cmd *c = record(s, op);
     c->freq = freq;
-    ((cuda_step *)s)->wide |= a->n_head / a->n_kv_head > 16;
+    int &group = ((cuda_step *)s)->group;
+    group = a->n_head / a->n_kv_head > group ? a->n_head / a->n_kv_head : group;
     c->attn.layer = a->layer; /* field by field: padding stays zero */
     c->attn.n_head = a->n_head;
     c->attn.n_kv_head = a->n_kv_head;
@@ -399,7 +401,9 @@ static orcd_status fill_upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, int
     h->off_one = at;
     h->off_tile = at + tok;
     int reach = reach_of(b);
-    const bool no_ones = s->wide || (kv && (int64_t)tok * kv->base.spec.n_kv_head * reach > CUDA_MAX_PARTIAL);
+    const int ones = bucket(kv && kv->base.spec.n_slot < tok ? kv->base.spec.n_slot : tok); /* at most */
+    const bool no_ones = s->group > 16 || (kv && (int64_t)ones * kv->base.spec.n_kv_head * reach > CUDA_MAX_PARTIAL &&
+                                           !cuda_attn_many(kv, ones, s->group));
     split_rows(b, no_ones, host + h->off_one, &h->n_one, (cuda_tile *)(host + h->off_tile), &h->n_tile);
     at += 3 * tok;
     h->off_map = at;
