@@ -149,8 +149,11 @@ static void unload(loaded *l) {
 
 static void cpu_holds_what_was_planned(void **state) {
     (void)state;
-    static const be_params params[] = {
-        {.n_threads = 1}, {.n_threads = 3, .act_bits = 8}, {.n_threads = 2, .no_repack = true}};
+    static const be_params params[] = {{.n_threads = 1},
+                                       {.n_threads = 3, .act_bits = 8},
+                                       {.n_threads = 2, .dense_type = Q_Q4_K},
+                                       {.n_threads = 1, .no_repack = true, .dense_type = Q_Q6_K},
+                                       {.n_threads = 2, .no_repack = true}};
     for (size_t i = 0; i < ORCD_COUNT(models); i++)
         for (size_t k = 0; k < ORCD_COUNT(params); k++) {
             arch_memory p;

@@ -13,7 +13,7 @@
 enum { MAX_LIST = 16, MAX_REPS = 100 };
 
 typedef struct options {
-    const char *device, *prompt, *depth, *streams, *kv_type, *svg;
+    const char *device, *prompt, *depth, *streams, *kv_type, *dense_type, *svg;
     int64_t threads, chunk, gen, reps, act_bits, cpu_experts, kernel_mib;
     bool no_repack, no_ceilings, kernels, csv, json;
 } options;
@@ -28,6 +28,7 @@ static const cli_option option[] = {
     {"reps", 'r', CLI_INT, offsetof(options, reps), 1, 100, "N", "repetitions after a warm-up (default 3)"},
     {"chunk", 0, CLI_INT, offsetof(options, chunk), 1, 8192, "N", "prompt tokens per step (default 2048)"},
     {"kv-type", 0, CLI_CHOICE, offsetof(options, kv_type), 0, 0, KV_TYPES},
+    {"dense-type", 0, CLI_CHOICE, offsetof(options, dense_type), 0, 0, DENSE_TYPES},
     {"act-bits", 0, CLI_INT, offsetof(options, act_bits), 8, 16, "8|16", "bits of the activations (cpu; default 16)"},
     {"cpu-experts", 0, CLI_INT, offsetof(options, cpu_experts), 0, 1024, "N",
      "experts of N layers in host memory (cuda)"},
@@ -89,7 +90,10 @@ static int largest(const int *v, int n) {
 static bench_form form_of(const options *o) { return o->json ? BENCH_JSON : o->csv ? BENCH_CSV : BENCH_TABLE; }
 
 static be_params params_of(const options *o) {
-    return (be_params){.n_threads = (int)o->threads, .no_repack = o->no_repack, .act_bits = (int)o->act_bits};
+    return (be_params){.n_threads = (int)o->threads,
+                       .no_repack = o->no_repack,
+                       .act_bits = (int)o->act_bits,
+                       .dense_type = dense_type_of(o->dense_type)};
 }
 
 /* ---- the device itself ---- */

@@ -8,6 +8,8 @@ be_kv_type kv_type_of(const char *name) {
     return strcmp(name, "f32") == 0 ? BE_KV_F32 : strcmp(name, "f16") == 0 ? BE_KV_F16 : BE_KV_Q8;
 }
 
+q_type dense_type_of(const char *name) { return name ? q_find_name(name)->type : Q_F32; }
+
 samp_params sampling_of(const sampling_options *o) {
     return (samp_params){.temperature = (float)o->temp,
                          .top_p = (float)o->top_p,
@@ -31,6 +33,7 @@ eng_params engine_params(const engine_options *o, const char *path) {
                         .backend = {.n_threads = (int)o->threads,
                                     .no_repack = o->no_repack,
                                     .act_bits = (int)o->act_bits,
+                                    .dense_type = dense_type_of(o->dense_type),
                                     .cpu_experts = (int)o->cpu_experts},
                         .n_ctx = (int)o->ctx,
                         .max_batch = (int)o->batch,

@@ -5,10 +5,13 @@
 #include "cli/cli.h"
 #include "engine/engine.h"
 
+/* All weights but experts, router and norms, when they are stored in more bits. */
+#define DENSE_TYPES "q4_k|q5_k|q6_k|q8_0", "requantise attention and head when loading (cpu; default: as stored)"
+
 #define KV_TYPES "f16|f32|q8|f8", "precision of the KV cache (cuda: q8 too; f8 is its older name)"
 
 typedef struct engine_options {
-    const char *device, *tokenizer, *kv_type;
+    const char *device, *tokenizer, *kv_type, *dense_type;
     int64_t threads, ctx, chunk, batch, cpu_experts, act_bits;
     bool no_repack;
     const char *cache_dir;
@@ -27,6 +30,7 @@ typedef struct engine_options {
          0,     1 << 20, "N",     "context length (default: the largest that fits)"},                                  \
         {"chunk", 0, CLI_INT, offsetof(owner, member.chunk), 0, 8192, "N", "prompt tokens per step"},                  \
         {"kv-type", 0, CLI_CHOICE, offsetof(owner, member.kv_type), 0, 0, KV_TYPES},                                   \
+        {"dense-type", 0, CLI_CHOICE, offsetof(owner, member.dense_type), 0, 0, DENSE_TYPES},                          \
         {"cpu-experts",                                                                                                \
          0,                                                                                                            \
          CLI_INT,                                                                                                      \
@@ -77,6 +81,7 @@ typedef struct sampling_options {
     }
 
 be_kv_type kv_type_of(const char *name); /* one of KV_TYPES */
+q_type dense_type_of(const char *name);  /* one of DENSE_TYPES, or NULL */
 samp_params sampling_of(const sampling_options *o);
 eng_params engine_params(const engine_options *o, const char *path);
 

@@ -1,5 +1,5 @@
 /* cli/perplexity.c: `orcd perplexity`: how well a model predicts a text, over strided windows. */
-#include "cli/cli.h"
+#include "cli/engine_options.h"
 
 #include <jansson.h>
 #include <stdio.h>
@@ -9,7 +9,7 @@
 #include "engine/validate.h"
 
 typedef struct options {
-    const char *device, *tokenizer;
+    const char *device, *tokenizer, *dense_type;
     int64_t ctx, stride, threads;
     bool json;
 } options;
@@ -18,6 +18,7 @@ static const cli_option option[] = {
     {"ctx", 'c', CLI_INT, offsetof(options, ctx), 2, 1 << 20, "N", "tokens per window (default 1024 or the model's)"},
     {"stride", 0, CLI_INT, offsetof(options, stride), 1, 1 << 20, "N", "tokens between windows (default ctx / 2)"},
     {"device", 0, CLI_STR, offsetof(options, device), 0, 0, "auto|cpu|cuda[:N]|ref", "what computes (default cpu)"},
+    {"dense-type", 0, CLI_CHOICE, offsetof(options, dense_type), 0, 0, DENSE_TYPES},
     {"threads", 't', CLI_INT, offsetof(options, threads), 0, 1024, "N", "CPU threads (default: all cores)"},
     {"tokenizer", 0, CLI_STR, offsetof(options, tokenizer), 0, 0, "FILE", "tokenizer.json, when not beside the model"},
     {"json", 0, CLI_FLAG, offsetof(options, json), 0, 0, "", "print one JSON object"},
@@ -71,7 +72,7 @@ static int run(const cli_command *c, int argc, char **argv) {
     bar_begin(&b, "loading", "B");
     teacher_params p = {.model = model,
                         .backend = o.device,
-                        .device = {.n_threads = (int)o.threads},
+                        .device = {.n_threads = (int)o.threads, .dense_type = dense_type_of(o.dense_type)},
                         .kv_type = strcmp(o.device, "ref") == 0 ? BE_KV_F32 : BE_KV_F16,
                         .n_ctx = (int)o.ctx,
                         .progress = bar_update,

@@ -13,7 +13,7 @@
 enum { MAX_DEVICES = 4, CELLS = 40 };
 
 typedef struct options {
-    const char *device, *kv_type;
+    const char *device, *kv_type, *dense_type;
     int64_t ctx, streams, threads, chunk, cpu_experts, act_bits;
     double memory, bandwidth;
     bool no_repack, json;
@@ -30,6 +30,7 @@ static const cli_option option[] = {
     {"cpu-experts", 0, CLI_INT, offsetof(options, cpu_experts), 0, 1024, "N|auto",
      "experts of the last N layers in host memory (cuda; default 0)"},
     {"threads", 't', CLI_INT, offsetof(options, threads), 0, 1024, "N", "CPU threads (default: all cores)"},
+    {"dense-type", 0, CLI_CHOICE, offsetof(options, dense_type), 0, 0, DENSE_TYPES},
     {"act-bits", 0, CLI_INT, offsetof(options, act_bits), 8, 16, "8|16", "bits of the activations (cpu; default 16)"},
     {"no-repack", 0, CLI_FLAG, offsetof(options, no_repack), 0, 0, "", "run from the mapped file (cpu)"},
     {"json", 0, CLI_FLAG, offsetof(options, json), 0, 0, "", "print one JSON object"},
@@ -89,6 +90,7 @@ static void make_report(const options *o, const char *model, const char *device,
                     .backend = {.n_threads = (int)o->threads,
                                 .no_repack = o->no_repack,
                                 .act_bits = (int)o->act_bits,
+                                .dense_type = dense_type_of(o->dense_type),
                                 .cpu_experts = (int)o->cpu_experts},
                     .n_ctx = (int)o->ctx,
                     .max_batch = (int)o->streams,

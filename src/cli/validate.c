@@ -1,6 +1,6 @@
 /* cli/validate.c: `orcd validate`: how far a model is from another, or one backend from another, and whether that is
  * near enough. */
-#include "cli/cli.h"
+#include "cli/engine_options.h"
 
 #include <float.h>
 #include <jansson.h>
@@ -16,7 +16,7 @@
 enum { N_SHOWN = 8 }; /* tensors in the table for people */
 
 typedef struct options {
-    const char *text, *ids, *device_a, *device_b, *tokenizer, *svg;
+    const char *text, *ids, *device_a, *device_b, *tokenizer, *dense_type_b, *svg;
     int64_t tokens, ctx, threads, act_bits_b;
     double cosine, agreement, perplexity, tensor, tap;
     bool taps, no_tensors, json;
@@ -30,6 +30,8 @@ static const cli_option option[] = {
     {"device-a", 0, CLI_STR, offsetof(options, device_a), 0, 0, "cpu|cuda[:N]|ref", "what computes A (default cpu)"},
     {"device-b", 0, CLI_STR, offsetof(options, device_b), 0, 0, "cpu|cuda[:N]|ref", "what computes B (default cpu)"},
     {"act-bits-b", 0, CLI_INT, offsetof(options, act_bits_b), 8, 16, "8|16", "bits of B's activations (cpu)"},
+    {"dense-type-b", 0, CLI_CHOICE, offsetof(options, dense_type_b), 0, 0, "q4_k|q5_k|q6_k|q8_0",
+     "requantise B's attention and head when loading (cpu)"},
     {"threads", 't', CLI_INT, offsetof(options, threads), 0, 1024, "N", "CPU threads (default: all cores)"},
     {"tokenizer", 0, CLI_STR, offsetof(options, tokenizer), 0, 0, "FILE", "tokenizer.json, when not beside A"},
     {"taps", 0, CLI_FLAG, offsetof(options, taps), 0, 0, "", "compare the intermediates layer by layer"},
@@ -273,12 +275,16 @@ static orcd_status plot(const result *r, const char *path, orcd_error *err) {
 
 /* ---- the run ---- */
 
-static orcd_status open_teacher(const options *o, const char *path, const char *device, int act_bits, int n_ctx,
-                                teacher **out, orcd_error *err) {
+/* A runs as it is stored, B as the options say. */
+static orcd_status open_teacher(const options *o, const char *path, bool is_b, int n_ctx, teacher **out,
+                                orcd_error *err) {
+    const char *device = is_b ? o->device_b : o->device_a;
     bar b;
     teacher_params p = {.model = path,
                         .backend = device,
-                        .device = {.n_threads = (int)o->threads, .act_bits = act_bits},
+                        .device = {.n_threads = (int)o->threads,
+                                   .act_bits = is_b ? (int)o->act_bits_b : 16,
+                                   .dense_type = dense_type_of(is_b ? o->dense_type_b : NULL)},
                         /* the reference keeps keys and values exact; the others as they run */
                         .kv_type = strcmp(device, "ref") == 0 ? BE_KV_F32 : BE_KV_F16,
                         .n_ctx = n_ctx,
@@ -311,8 +317,8 @@ static orcd_status compare(result *r, const ids *tokens, int64_t ctx, orcd_error
     bar progress;
     int64_t n = (int64_t)tokens->n < o->tokens ? (int64_t)tokens->n : o->tokens;
     ctx = ctx < n ? ctx : n;
-    ORCD_TRY_GOTO(st, done, open_teacher(o, r->path[0], o->device_a, 16, (int)ctx, &a, err));
-    ORCD_TRY_GOTO(st, done, open_teacher(o, r->path[1], o->device_b, (int)o->act_bits_b, (int)ctx, &b, err));
+    ORCD_TRY_GOTO(st, done, open_teacher(o, r->path[0], false, (int)ctx, &a, err));
+    ORCD_TRY_GOTO(st, done, open_teacher(o, r->path[1], true, (int)ctx, &b, err));
     teacher_describe(a, r->device[0], sizeof *r->device);
     teacher_describe(b, r->device[1], sizeof *r->device);
     if (o->taps)
