@@ -470,8 +470,8 @@ void mf_expect(const mf_tensor *t, uint64_t mat, uint64_t row0, uint64_t n) {
 #endif
 }
 
-/* Little is left free: what was read would now push out of the cache what is still to be read. */
-static bool memory_is_short(void) { return sysconf(_SC_AVPHYS_PAGES) < sysconf(_SC_PHYS_PAGES) / 8; }
+/* The file and a copy of it may not both fit: what was read would push out of the cache what is still to be read. */
+static bool memory_is_short(void) { return sysconf(_SC_AVPHYS_PAGES) < sysconf(_SC_PHYS_PAGES) / 2; }
 
 void mf_release(const mf_tensor *t) {
     for (int drop = !memory_is_short(); drop < 2; drop++) {
