@@ -6,6 +6,9 @@
 
 #include <math.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #include "backend/cpu/kernels.h"
 #include "base/half.h"
@@ -31,12 +34,16 @@ static inline void gen_dot32_16(const int8_t *w, const void *row, int64_t n64, i
         acc[r] = high[r] * 256 + low[r];
 }
 
+/* 16 halves */
+static inline void gen_f16x16(const void *h, float *f) {
 #ifdef __F16C__
-#include <immintrin.h>
-static inline float gen_f16(uint16_t h) { return _cvtsh_ss(h); }
+    for (int i = 0; i < 2; i++)
+        _mm256_storeu_ps(f + i * 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)h + i)));
 #else
-static inline float gen_f16(uint16_t h) { return f32_from_f16(h); }
+    for (int i = 0; i < 16; i++)
+        f[i] = f32_from_f16(((const uint16_t *)h)[i]);
 #endif
+}
 
 static inline void gen_dot_f32(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y,
                                uint8_t *scratch) {
@@ -57,14 +64,16 @@ static inline void gen_dot_f16(const uint8_t *panel, int64_t n_col, const void *
                                uint8_t *scratch) {
     (void)scratch;
     const uint16_t *w = (const uint16_t *)panel;
-    memset(y, 0, (size_t)n * 64);
-    for (int64_t k = 0; k < n_col; k++) {
-        float f[16];
-        for (int r = 0; r < 16; r++)
-            f[r] = gen_f16(w[k * 16 + r]);
-        for (int t = 0; t < n; t++)
+    for (int t = 0; t < n; t++) {
+        const float *v = x[t];
+        float a[2][16] = {{0}}, f[16];
+        for (int64_t k = 0; k < n_col; k++) {
+            gen_f16x16(w + k * 16, f);
             for (int r = 0; r < 16; r++)
-                y[t * 16 + r] += f[r] * ((const float *)x[t])[k];
+                a[k & 1][r] += f[r] * v[k];
+        }
+        for (int r = 0; r < 16; r++)
+            y[t * 16 + r] = a[0][r] + a[1][r];
     }
 }
 
@@ -98,8 +107,8 @@ static inline void gen_dot_i8(const uint8_t *panel, int64_t n_col, const void *c
         float ws[32];
         for (int i = 0; i < 1024; i++)
             w[i] = (int8_t)(panel[64 + i] ^ 0x80);
-        for (int i = 0; i < 32; i++)
-            ws[i] = gen_f16(((const uint16_t *)panel)[i]);
+        gen_f16x16(panel, ws);
+        gen_f16x16(panel + 32, ws + 16);
         for (int t = 0; t < n; t++) {
             float s = cpu_q_scale(x[t], n64)[b];
             int32_t a0[16], a1[16];
@@ -113,11 +122,21 @@ static inline void gen_dot_i8(const uint8_t *panel, int64_t n_col, const void *c
 
 /* 4 vectors of nibbles to 8 groups; value[16] is what a nibble means */
 static inline void gen_nibbles(const uint8_t *p, const int8_t *value, int8_t *w) {
+#ifdef __AVX2__
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)value));
+    const __m256i low4 = _mm256_set1_epi8(15);
+    for (int i = 0; i < 8; i++, p += 32, w += i % 2 ? 32 : 96) {
+        __m256i v = _mm256_loadu_si256((const __m256i *)p), high = _mm256_srli_epi16(v, 4);
+        _mm256_storeu_si256((__m256i *)w, _mm256_shuffle_epi8(table, _mm256_and_si256(v, low4)));
+        _mm256_storeu_si256((__m256i *)(w + 64), _mm256_shuffle_epi8(table, _mm256_and_si256(high, low4)));
+    }
+#else
     for (int j = 0; j < 4; j++)
         for (int i = 0; i < 64; i++) {
             w[j * 128 + i] = value[p[j * 64 + i] & 15];
             w[j * 128 + 64 + i] = value[p[j * 64 + i] >> 4];
         }
+#endif
 }
 
 static const int8_t gen_e2m1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
@@ -149,20 +168,32 @@ static inline void gen_dot_mx4(const uint8_t *panel, int64_t n_col, const void *
     }
 }
 
+/* Bits from `shift` on, as many as are set in mask, of 64 bytes become the bits from 4 on of a group's codes. */
+static inline void gen_add_bits(int8_t *w, const uint8_t *bits, int shift, uint64_t mask) {
+    uint64_t v, b;
+    for (int i = 0; i < 64; i += 8) {
+        memcpy(&v, w + i, 8);
+        memcpy(&b, bits + i, 8);
+        v |= (b >> shift & mask * 0x0101010101010101u) << 4;
+        memcpy(w + i, &v, 8);
+    }
+}
+
 static inline void gen_dot_min(cpu_fmt f, const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y) {
     int64_t n64 = cpu_n64(n_col);
     memset(y, 0, (size_t)n * 64);
     for (int64_t b = 0; b < n_col / 32; b++) {
         cpu_min_block at = cpu_min_at(f, panel, b);
-        const uint16_t *d = (const uint16_t *)at.d;
         int8_t w[512];
         float ws[16], ms[16];
         gen_nibbles(at.nibbles, gen_identity, w);
-        for (int i = 0; cpu_min_fifth(f) && i < 512; i++)
-            w[i] |= (int8_t)((at.high[i % 64] >> i / 64 & 1) << 4);
-        for (int r = 0; r < 16; r++) {
-            ws[r] = gen_f16(d[r]) * (at.scale ? (float)at.scale[r] : 1);
-            ms[r] = gen_f16(d[16 + r]) * (at.scale ? (float)at.scale[128 + r] : 1);
+        for (int g = 0; cpu_min_fifth(f) && g < 8; g++)
+            gen_add_bits(w + g * 64, at.high, g, 1);
+        gen_f16x16(at.d, ws);
+        gen_f16x16(at.d + 32, ms);
+        for (int r = 0; at.scale && r < 16; r++) {
+            ws[r] *= (float)at.scale[r];
+            ms[r] *= (float)at.scale[128 + r];
         }
         for (int t = 0; t < n; t++) {
             float s = cpu_q_scale(x[t], n64)[b / 2];
@@ -197,9 +228,13 @@ static inline void gen_dot_q6k(const uint8_t *panel, int64_t n_col, const void *
         const uint8_t *high = head + 320 + 2048 + b % 8 * 128;
         const int8_t *sc = (const int8_t *)head + 64 + b % 8 * 32;
         int8_t w[512], half[2][512];
+        float d[16];
+        gen_f16x16(head, d);
         gen_nibbles(low, gen_identity, w);
+        for (int g = 0; g < 8; g++)
+            gen_add_bits(w + g * 64, high + g / 4 * 64, g % 4 * 2, 3);
         for (int i = 0; i < 512; i++)
-            w[i] = (int8_t)((w[i] | (high[i / 256 * 64 + i % 64] >> (i / 64 % 4 * 2) & 3) << 4) - 32);
+            w[i] = (int8_t)(w[i] - 32);
         memset(half, 0, sizeof half);
         memcpy(half[0], w, 256);
         memcpy(half[1] + 256, w + 256, 256);
@@ -209,7 +244,7 @@ static inline void gen_dot_q6k(const uint8_t *panel, int64_t n_col, const void *
                 int32_t a[16];
                 gen_dot32_16(half[h], x[t], n64, b * 32, a);
                 for (int r = 0; r < 16; r++)
-                    y[t * 16 + r] += (float)a[r] * (gen_f16(((const uint16_t *)head)[r]) * (float)sc[h * 16 + r] * s);
+                    y[t * 16 + r] += (float)a[r] * (d[r] * (float)sc[h * 16 + r] * s);
             }
         }
     }
@@ -411,9 +446,9 @@ static inline void gen_attn_f32(cpu_attn_tile *t, const void *k, const void *v) 
 
 static inline void gen_attn_f16(cpu_attn_tile *t, const void *k, const void *v) {
     float fk[GEN_MAX_HEAD * CPU_PAGE], fv[GEN_MAX_HEAD * CPU_PAGE];
-    for (int i = 0; i < t->head_dim * CPU_PAGE; i++) {
-        fk[i] = gen_f16(((const uint16_t *)k)[i]);
-        fv[i] = gen_f16(((const uint16_t *)v)[i]);
+    for (int i = 0; i < t->head_dim * CPU_PAGE; i += 16) {
+        gen_f16x16((const uint16_t *)k + i, fk + i);
+        gen_f16x16((const uint16_t *)v + i, fv + i);
     }
     for (int i = 0; i < t->n; i++)
         gen_attn_row(t, i, fk, fv);
