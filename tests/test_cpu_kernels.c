@@ -11,7 +11,7 @@
 
 #include "backend/cpu/internal.h"
 
-enum { N_COL = 512, ROWS = 16, TOKENS = 21 };
+enum { N_COL = 512, ROWS = 16, TOKENS = 29 };
 
 static const q_type types[] = {Q_F32,  Q_F16,  Q_BF16,  Q_Q8_0, Q_Q4_0, Q_Q4_1,
                                Q_Q5_0, Q_Q5_1, Q_MXFP4, Q_Q4_K, Q_Q5_K, Q_Q6_K};
@@ -155,6 +155,28 @@ static void test_activations_of_zero(void **state) {
     on_every_tier(check_zero);
 }
 
+/* The tiles of AMX and the vectors of AVX-512 do the same arithmetic. */
+static void test_amx_has_the_bits_of_avx512(void **state) {
+    (void)state;
+#if defined(__x86_64__)
+    static const q_type tile_types[] = {Q_Q8_0, Q_MXFP4};
+    static float want[TOKENS * 16];
+    if (cpu_tier_best() < CPU_AMX) {
+        print_message("SKIP: this machine does not execute AMX\n");
+        skip();
+    }
+    for (int few_bits = 0; few_bits < 2; few_bits++)
+        for (size_t i = 0; i < ORCD_COUNT(tile_types); i++) {
+            const q_traits *t = q_find(tile_types[i]);
+            fill_rows(t, N_COL);
+            error_of(cpu_kernels_for(CPU_AVX512, few_bits), t, N_COL, ROWS);
+            memcpy(want, f.y, sizeof want);
+            error_of(cpu_kernels_for(CPU_AMX, few_bits), t, N_COL, ROWS);
+            assert_memory_equal(f.y, want, sizeof want);
+        }
+#endif
+}
+
 static int setup(void **state) {
     (void)state;
     fill_x();
@@ -167,6 +189,7 @@ int main(void) {
         cmocka_unit_test(test_columns_and_rows_that_do_not_fill_a_block),
         cmocka_unit_test(test_mxfp4_exponents_far_apart),
         cmocka_unit_test(test_activations_of_zero),
+        cmocka_unit_test(test_amx_has_the_bits_of_avx512),
     };
     return cmocka_run_group_tests(tests, setup, NULL);
 }

@@ -154,7 +154,7 @@ static void NAME(dot_mx4)(const uint8_t *panel, int64_t n_col, const void *const
         NAME(mx4_tile)(panel, n64, x, 4, y);
         return;
     }
-    mx4_unpack(panel, n64, scratch);
+    cpu_mx4_unpack(panel, n64, scratch);
     const uint8_t *next = panel + cpu_panel_bytes(CPU_MX4, n_col);
 #define CALL(T) NAME(u8_tile)(scratch, at_ ? NULL : next, n64, x + at_, T, y + at_ * 16)
     FOR_TILES(n, CALL)

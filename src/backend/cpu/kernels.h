@@ -154,7 +154,16 @@ const cpu_kernels *cpu_kernels_for(cpu_tier tier, bool few_bits);
 
 extern const cpu_kernels cpu_kernels_portable;
 #if defined(__x86_64__)
-extern const cpu_kernels cpu_kernels_avx2, cpu_kernels_avxvnni, cpu_kernels_avx512, cpu_kernels_avx512_8;
+extern const cpu_kernels cpu_kernels_avx2, cpu_kernels_avxvnni, cpu_kernels_avx512, cpu_kernels_avx512_8,
+    cpu_kernels_amx, cpu_kernels_amx_8;
+
+/* Between the AVX-512 and the AMX kernels. A panel of MXFP4 unpacked for many rows: per 64 columns float scale[16] and
+ * 16 groups of (weight << s) + 128. */
+void cpu_mx4_unpack(const uint8_t *panel, int64_t n64, uint8_t *out);
+void cpu_amx_i8_16(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch);
+void cpu_amx_i8_8(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch);
+void cpu_amx_mx4_16(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch);
+void cpu_amx_mx4_8(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch);
 #endif
 
 #endif

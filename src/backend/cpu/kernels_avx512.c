@@ -158,8 +158,7 @@ static inline __m512i mx4_index(__m512i nibble, __m512i shift) {
     return _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), nibble, shift, 0xca);
 }
 
-/* A panel unpacked once for many rows: per 64 columns float scale[16] and 16 groups of (w << s) + 128. */
-static void mx4_unpack(const uint8_t *panel, int64_t n64, uint8_t *out) {
+void cpu_mx4_unpack(const uint8_t *panel, int64_t n64, uint8_t *out) {
     const uint8_t *head = panel, *p = panel + cpu_mx4_head(n64);
     const __m512i table = _mm512_load_si512(mx4_table);
     for (int64_t b = 0; b < n64; b++, head += 32, p += 512, out += 1088) {
@@ -305,15 +304,24 @@ static void attn_f32(cpu_attn_tile *t, const void *k, const void *v) {
 #undef CALL
 }
 
-#define TABLE(bits)                                                                                                    \
+#define TABLE(bits, i8, mx4)                                                                                           \
     {                                                                                                                  \
-        .dot = {[CPU_F32] = dot_f32,        [CPU_F16] = dot_f16,        [CPU_BF16] = dot_bf16,                         \
-                [CPU_I8] = dot_i8_##bits,   [CPU_MX4] = dot_mx4_##bits, [CPU_Q41] = dot_q41_##bits,                    \
-                [CPU_Q51] = dot_q51_##bits, [CPU_Q4K] = dot_q4k_##bits, [CPU_Q5K] = dot_q5k_##bits,                    \
+        .dot = {[CPU_F32] = dot_f32,                                                                                   \
+                [CPU_F16] = dot_f16,                                                                                   \
+                [CPU_BF16] = dot_bf16,                                                                                 \
+                [CPU_I8] = i8,                                                                                         \
+                [CPU_MX4] = mx4,                                                                                       \
+                [CPU_Q41] = dot_q41_##bits,                                                                            \
+                [CPU_Q51] = dot_q51_##bits,                                                                            \
+                [CPU_Q4K] = dot_q4k_##bits,                                                                            \
+                [CPU_Q5K] = dot_q5k_##bits,                                                                            \
                 [CPU_Q6K] = dot_q6k_##bits},                                                                           \
         .quantise = quantise_##bits, .rms_norm = gen_rms_norm, .layer_norm = gen_layer_norm, .glu = gen_glu,           \
         .gelu_tanh = gen_gelu_tanh, .put = gen_put, .combine = gen_combine, .rotate = gen_rotate,                      \
         .attn_f16 = attn_f16, .attn_f32 = attn_f32,                                                                    \
     }
 
-const cpu_kernels cpu_kernels_avx512 = TABLE(16), cpu_kernels_avx512_8 = TABLE(8);
+const cpu_kernels cpu_kernels_avx512 = TABLE(16, dot_i8_16, dot_mx4_16);
+const cpu_kernels cpu_kernels_avx512_8 = TABLE(8, dot_i8_8, dot_mx4_8);
+const cpu_kernels cpu_kernels_amx = TABLE(16, cpu_amx_i8_16, cpu_amx_mx4_16);
+const cpu_kernels cpu_kernels_amx_8 = TABLE(8, cpu_amx_i8_8, cpu_amx_mx4_8);
