@@ -118,6 +118,27 @@ class Churn(unittest.TestCase):
         self.assertLess(rss2 - rss, (8 if SLOW == 1 else 512) << 20)
 
 
+class Memory(unittest.TestCase):
+    def test_streams_that_outgrow_the_memory_end_with_the_right_texts(self):
+        """KV memory for an answer and a half: two begin, for 2,048 tokens each, the third waits; later one gives way."""
+        small = Orcd("--ctx", "2800", "--max-batch", "3", "--kv-cache-size-mb", "9", kind="worker")
+        self.addCleanup(small.stop)
+
+        def ask(i):
+            return {"prompt": f"Story {i}:", "max_tokens": 2600, "ignore_eos": True, "seed": i, "top_p": 0.9}
+
+        def pages(pool, state):
+            return small.metrics()[f'worker_kv_pages{{pool="{pool}",state="{state}"}}']
+
+        self.assertLess(pages("full", "total"), 2 * 2600 / 64)
+        together = in_threads([lambda i=i: completion_text(small, ask(i))[0] for i in range(3)])
+        self.assertGreater(small.metrics()["worker_preemptions_total"], 0)
+        small.wait_idle()
+        for pool in ("full", "window"):
+            self.assertEqual(pages(pool, "used"), pages(pool, "cached"))
+        self.assertEqual(together, [completion_text(server, ask(i))[0] for i in range(3)])
+
+
 class Latency(unittest.TestCase):
     def test_health_under_full_generation(self):
         clients = load(server.port, [dict(request(i), max_tokens=150) for i in range(32)])
