@@ -8,6 +8,7 @@
 
 enum { GROUPS = 4 }; /* a third of the prompts begins like others of its group */
 
+static char made[] = "/tmp/orcd-many-XXXXXX";
 static const char *model;
 static int n_request, at_once, most_prompt, most_new;
 
@@ -82,9 +83,31 @@ static bool same(const job *got, const job *alone, int i) {
     return false;
 }
 
+/* The widths, experts and vocabulary of gpt-oss-20b. */
+static void make_wide_model(const char *path) {
+    const arch_types types = {"Q8_0", "MXFP4"};
+    const arch *a;
+    arch_config c;
+    arch_exported sum;
+    gguf_writer *w;
+    orcd_error err;
+    if (!arch_preset("gpt-oss-20b", &a, &c))
+        fail();
+    c.n_layer = 2;
+    if (gguf_create(path, 32, &w, &err) || arch_synth_keys(a, &c, "gpt-oss-20b", w, &err) ||
+        arch_synth(a, &c, &types, 1, 8, NULL, NULL, w, &sum, &err) || gguf_finish(w, &err))
+        fail_msg("%s", err.message);
+}
+
 static void requests__equal_the_same_alone(void **state) {
     (void)state;
     const int n_ctx = most_prompt + most_new;
+    if (!model) {
+        int fd = mkstemp(made);
+        assert_true(fd >= 0);
+        close(fd);
+        make_wide_model(model = made);
+    }
     job **j = calloc((size_t)n_request, sizeof *j);
     int32_t *prompt = calloc((size_t)n_request * (size_t)most_prompt, sizeof *prompt);
     assert_true(j && prompt);
@@ -108,39 +131,16 @@ static void requests__equal_the_same_alone(void **state) {
     free(prompt);
 }
 
-/* The widths, experts and vocabulary of gpt-oss-20b. */
-static void make_wide_model(const char *path) {
-    const arch_types types = {"Q8_0", "MXFP4"};
-    const arch *a;
-    arch_config c;
-    arch_exported sum;
-    gguf_writer *w;
-    orcd_error err;
-    if (!arch_preset("20b", &a, &c))
-        fail();
-    c.n_layer = 2;
-    if (gguf_create(path, 32, &w, &err) || arch_synth_keys(a, &c, "20b", w, &err) ||
-        arch_synth(a, &c, &types, 1, 8, NULL, NULL, w, &sum, &err) || gguf_finish(w, &err))
-        fail_msg("%s", err.message);
-}
-
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(requests__equal_the_same_alone)};
-    char made[] = "/tmp/orcd-many-XXXXXX";
     device = argc > 1 ? argv[1] : "cpu";
     bool gpu = strncmp(device, "cuda", 4) == 0;
-    model = argc > 2 ? argv[2] : FABLE;
+    model = argc > 2 ? argv[2] : gpu ? NULL : FABLE; /* NULL: made */
     n_request = argc > 3 ? atoi(argv[3]) : gpu ? 500 : 60;
     at_once = gpu ? 256 : 16;
+    at_once = at_once < n_request ? at_once : n_request;
     most_prompt = gpu ? 700 : 200;
     most_new = gpu ? 160 : 40;
-    if (gpu && argc < 3) {
-        int fd = mkstemp(made);
-        if (fd < 0)
-            return 1;
-        close(fd);
-        make_wide_model(model = made);
-    }
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     if (model == made)
         unlink(made);
