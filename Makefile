@@ -122,7 +122,7 @@ install: man
 	$(Q)$B/orcd completion zsh >$(DEST)/share/zsh/site-functions/_orcd
 	$(Q)$B/orcd completion fish >$(DEST)/share/fish/vendor_completions.d/orcd.fish
 
-test: all $(TESTBIN) $B/tests/fault.so
+test: all $(TESTBIN) $B/tests/fault.so $B/bench/load
 	$(Q)tests/run $B
 
 # libFuzzer programs with clang, one per fuzz/fuzz_NAME.c. To run one for a minute from the seeds:

@@ -1,11 +1,13 @@
 """Many at once: the same bytes as alone, nothing left behind, nobody starves."""
 import http.client
 import json
+import os
 import random
+import subprocess
 import time
 import unittest
 
-from common import SLOW, Orcd, completion_text, in_threads
+from common import ROOT, SLOW, Orcd, completion_text, in_threads
 from timing import Watch, assert_within, load
 
 STREAMS = 64
@@ -116,6 +118,29 @@ class Churn(unittest.TestCase):
               f"{(rss2 - rss) / 1024:+.0f} KiB")
         self.assertEqual((fd2, thread2), (fd, thread))
         self.assertLess(rss2 - rss, (8 if SLOW == 1 else 512) << 20)
+
+
+LOAD = os.path.join(ROOT, os.environ.get("ORCD_BUILD", "build"), "bench", "load")
+
+
+@unittest.skipUnless(os.path.exists(LOAD), f"{LOAD} is missing: run make bench")
+class Bench(unittest.TestCase):
+    def load(self, *args):
+        r = subprocess.run([LOAD, "-P", str(server.port), "-j", *args], capture_output=True, text=True, timeout=60 * SLOW)
+        return r.returncode, json.loads(r.stdout)
+
+    def test_load_counts_what_the_server_counts(self):
+        before = server.metrics()
+        code, r = self.load("-n", "6", "-r", "3", "-p", "20", "-g", "17")
+        after = server.metrics()
+        self.assertEqual((code, r["requests"], r["failed"]), (0, 18, 0))
+        self.assertEqual(after["worker_tokens_generated_total"] - before["worker_tokens_generated_total"], 18 * 17)
+        self.assertAlmostEqual(r["all"], 18 * 17 / r["seconds"], delta=0.01 * r["all"])
+        self.assertLessEqual(r["first"], r["first_max"])
+        self.assertLessEqual(r["gap"], r["gap_max"])
+
+    def test_load_fails_when_answers_do(self):
+        self.assertEqual(self.load("-n", "2", "-r", "1", "-p", "20", "-V", "100000000")[0], 1)
 
 
 class Memory(unittest.TestCase):
