@@ -261,7 +261,7 @@ static int32_t *slot;
 static uint8_t *kv, *embd, *c_qkv, *c_out, *c_gate, *c_up, *c_down, *c_head;
 static int n_page = 560, sms;
 static cudaStream_t stream;
-static const int64_t LAYER_KV = N_KV * DEC_HEAD_BYTES, PAGE = N_LAYER * LAYER_KV;
+static const int64_t LAYER_KV = N_KV * kv_head_bytes<__half>(64), PAGE = N_LAYER * LAYER_KV;
 
 __global__ void fold(float *dst, const float *w, const float *g) { // [tile][4][expert][4]
     int i = blockIdx.x * 256 + threadIdx.x;
@@ -356,14 +356,15 @@ static int skip_mask = 0;
 static void k_begin() { go(begin_kernel, 1, 512, 0, st, best, sms, embd, xe, pos, cs, tokens); }
 static void k_qkv(int l) {
     dec_norm_in in = {l ? xb : xe, l ? p : 0, p + EMBD, xa, L[l].norm1, EPS, EMBD};
-    dec_kv k = {kv + l * LAYER_KV, PAGE, table, slot, n_page};
+    dec_kv k = {kv + l * LAYER_KV, PAGE, table, slot, n_page, NULL};
     go(dec_qkv_kernel<dense, 3>, sms, 512, dec_linear_smem<dense>(15, EMBD), in, L[l].qkv, dec_rope{cs, pos}, k, N_HEAD,
        N_KV, l > 0, q);
 }
 static void k_attn(int l) {
     dec_attn a = {q,
-                  {kv + l * LAYER_KV, PAGE, table, slot, n_page},
+                  {kv + l * LAYER_KV, PAGE, table, slot, n_page, NULL},
                   pos,
+                  NULL,
                   L[l].sinks,
                   N_KV,
                   l % 2 ? 0 : 128,
@@ -372,7 +373,7 @@ static void k_attn(int l) {
                   256,
                   arrived,
                   (uint16_t *)y};
-    go(dec_attention_kernel, l % 2 ? ATTN_GRID : ATTN_GRID2, 256, DEC_ATTN_SMEM, a);
+    go(dec_attention_kernel<__half, 1>, l % 2 ? ATTN_GRID : ATTN_GRID2, 256, DEC_ATTN_SMEM, a);
 }
 static void k_out(int l) {
     dec_out o = {(uint16_t *)y, l ? xa : xe, xb, L[l].router, route_part, N_EXP};
@@ -423,7 +424,7 @@ static std::vector<double> normed(const std::vector<double> &x, const float *gai
     return r;
 }
 static size_t page_at(int t, int l, int hd) {
-    return (size_t)((t * 7 + 3) % n_page) * PAGE + l * LAYER_KV + (size_t)hd * DEC_HEAD_BYTES;
+    return (size_t)((t * 7 + 3) % n_page) * PAGE + l * LAYER_KV + (size_t)hd * kv_head_bytes<__half>(64);
 }
 static std::vector<double> ref_attention(int l, int at, const std::vector<double> &qd) {
     std::vector<double> r(ATT);

@@ -388,7 +388,7 @@ void cuda_run_moe(cuda_run *r, const cuda_cmd *c);
 void cuda_run_host_experts(cuda_run *r, const cuda_cmd *c);
 void cuda_run_to_f16(cuda_run *r, const cuda_cmd *c);
 void cuda_run_rope_table(cuda_run *r, const cuda_cmd *c); /* cos and sin of the command's frequencies, once a step */
-/* The whole list of a step of one row by fused kernels; false, and nothing launched, when it is no such list. */
+/* The whole list of a step of few rows by fused kernels; false, and nothing launched, when it is no such list. */
 bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd);
 orcd_status cuda_decode_reserve(cuda_dev *d, orcd_error *err);
 void cuda_decode_free(cuda_dev *d);

@@ -1,18 +1,25 @@
-/* backend/cuda/decode.cu: a step of one row of gpt-oss as five fused kernels a layer: norm + qkv + rope + KV write,
- * attention, out + router sums, route + norm + gate_up + SwiGLU, down. The residual row is finished by whoever reads it
- * next: down leaves two partial rows, which the next norm adds. The list of commands is matched whole; anything else is
- * left to the launchers of single commands, which compute the same numbers. */
+/* backend/cuda/decode.cu: a step of one to eight rows of gpt-oss as five fused kernels a layer. The list of commands is
+ * matched whole; anything else is left to the launchers of single commands, which compute the same numbers.
+ *
+ * One row: norm + qkv + rope + KV write, attention, out + router sums, route + norm + gate_up + SwiGLU, down. The
+ * residual row is finished by whoever reads it next: down leaves two partial rows, which the next norm adds. More rows:
+ * out and down end with a route and a norm of each row (few_linear.cuh). */
 #include "backend/cuda/decode_attention.cuh"
-#include "backend/cuda/decode_experts.cuh"
-#include "backend/cuda/decode_linear.cuh"
+#include "backend/cuda/few_experts.cuh"
 
 struct cuda_decode {
     float *xa, *xb;    /* residual row after qkv's norm and after attention's output */
     float *p;          /* [2][n_embd] what the experts add */
     float *route_part; /* [n_embd / 16][n_expert] */
     uint16_t *q, *h;   /* f16: rotated query heads; the experts' hidden rows */
-    float *fresh;      /* the row's keys and values, where the cache has 8 bits */
+    float *fresh;      /* [FEW_MAX] rows' keys and values, where the cache has 8 bits */
     float2 *best;      /* per CTA of the head */
+    struct {
+        float *down, *route_part, *weight; /* [FEW_MAX][4][n_embd], [FEW_MAX][n_embd / 16][n_expert], [FEW_MAX][4] */
+        uint16_t *norm, *q, *y, *h;        /* f16: [FEW_MAX][n_embd], [FEW_MAX][heads], [FEW_MAX][4][n_ff] */
+        int32_t *id;                       /* [FEW_MAX][4] */
+        uint32_t *done;                    /* CTAs of out, of down; rows routed */
+    } few;                                 /* 2 to FEW_MAX rows */
     int64_t n_embd, n_ff, n_expert, n_q;
 };
 
@@ -25,7 +32,7 @@ static const cuda_op layer_ops[L_COUNT] = {CUDA_OP_NORM,      CUDA_OP_LINEAR, CU
                                            CUDA_OP_ATTENTION, CUDA_OP_LINEAR, CUDA_OP_MOE,  CUDA_OP_EXPERTS};
 
 struct decode_plan {
-    const cuda_cmd *embed, *layer, *norm, *head, *sample; /* norm .. sample NULL: no logits wanted */
+    const cuda_cmd *embed, *layer, *norm, *head, *sample;
     int n_layer;
 };
 
@@ -60,8 +67,10 @@ static bool layer_fits(const cuda_run *r, const cuda_cmd *c, const cuda_cmd *fir
 
 static bool match(const cuda_run *r, const cuda_cmd *c, int n, decode_plan *p) {
     *p = {c, c + 1, NULL, NULL, NULL, 0};
+    if (r->shape.rows > FEW_MAX || r->shape.outs > r->shape.rows || r->shape.tiles > 0)
+        return false; /* tiles: rows of one sequence, whose keys are not there before the step */
     if (n < 1 + L_COUNT || c[0].op != CUDA_OP_EMBED || c[0].w2 || !r->kv || r->kv->base.spec.type == BE_KV_F32 ||
-        r->kv->dim != 64 || r->shape.rows != 1 || r->shape.outs > 1)
+        r->kv->dim != 64)
         return false;
     const cuda_act *x = c[0].y;
     int at = 1;
@@ -115,18 +124,14 @@ static dec_kv kv_of(const cuda_run *r, const be_attn *t) {
             kv->base.spec.type == BE_KV_Q8 ? r->dev->decode->fresh : NULL};
 }
 
-template <class F> static void run_attention(const decode_run *s, const cuda_cmd *c, const dec_norm_in &in) {
+template <int R> static void run_attention(const decode_run *s, const cuda_cmd *c, const uint16_t *q, uint16_t *y) {
     cuda_run *r = s->r;
     const be_attn *t = &c[L_ATTN].attn;
-    const dec_matrix qkv = matrix_of(c[L_QKV].w);
-    const dec_kv kv = kv_of(r, t);
-    const int32_t *pos = r->dev->arr.pos;
-    launch(r, dec_qkv_kernel<F, 3>, s->n_sm, ROW_THREADS, dec_linear_smem<F>(qkv.n_unit / 3, s->n_embd), in, qkv,
-           dec_rope{r->dev->scratch.rope, pos}, kv, t->n_head, t->n_kv_head, c != s->first, (__half *)s->d->q);
     const float *sinks = t->sinks ? ((const cuda_weight *)t->sinks)->dense : NULL;
-    const dec_attn a = {(const __half *)s->d->q,
-                        kv,
-                        pos,
+    const dec_attn a = {(const __half *)q,
+                        kv_of(r, t),
+                        r->dev->arr.pos,
+                        &r->dev->arr.batch->n_tok,
                         sinks,
                         t->n_kv_head,
                         t->window,
@@ -134,8 +139,20 @@ template <class F> static void run_attention(const decode_run *s, const cuda_cmd
                         r->dev->scratch.partial,
                         r->shape.reach,
                         r->dev->scratch.arrived,
-                        c[L_ATTN].y->f16};
-    launch(r, kv.fresh ? dec_attention_kernel<kv_int8> : dec_attention_kernel<__half>, s->n_sm, 256, DEC_ATTN_SMEM, a);
+                        y};
+    /* two CTAs a multiprocessor leave the next kernel no room for its weights: only for many units */
+    const bool many = R > 1 && R * t->n_kv_head * r->shape.reach > 4 * s->n_sm && t->window == 0;
+    launch(r, a.kv.fresh ? dec_attention_kernel<kv_int8, R> : dec_attention_kernel<__half, R>,
+           many ? 2 * s->n_sm : s->n_sm, 256, DEC_ATTN_SMEM, a);
+}
+
+template <class F> static void run_qkv(const decode_run *s, const cuda_cmd *c, const dec_norm_in &in) {
+    cuda_run *r = s->r;
+    const be_attn *t = &c[L_ATTN].attn;
+    const dec_matrix qkv = matrix_of(c[L_QKV].w);
+    launch(r, dec_qkv_kernel<F, 3>, s->n_sm, ROW_THREADS, dec_linear_smem<F>(qkv.n_unit / 3, s->n_embd), in, qkv,
+           dec_rope{r->dev->scratch.rope, r->dev->arr.pos}, kv_of(r, t), t->n_head, t->n_kv_head, c != s->first,
+           (__half *)s->d->q);
 }
 
 template <class F> static void run_out(const decode_run *s, const cuda_cmd *c, const float *x) {
@@ -164,7 +181,8 @@ template <class F> static void run_layers(const decode_run *s, const decode_plan
         const cuda_cmd *c = p->layer + l * L_COUNT;
         const dec_norm_in in = {l ? d->xb : x,      l ? d->p : NULL, d->p + s->n_embd, d->xa,
                                 c[L_NORM].w->dense, c[L_NORM].eps,   s->n_embd};
-        run_attention<F>(s, c, in);
+        run_qkv<F>(s, c, in);
+        run_attention<1>(s, c, s->d->q, c[L_ATTN].y->f16);
         run_out<F>(s, c, l ? d->xa : x);
         if (c[L_MOE].w2->base.n_row == 32)
             run_experts<1>(s, c);
@@ -181,27 +199,128 @@ template <class F> static void run_head(const decode_run *s, const decode_plan *
            (int)p->head->w->base.n_row, p->head->y->f32, d->best);
 }
 
+/* ---- 2 to FEW_MAX rows ---- */
+
+template <class F, int R> static void few_qkv(const decode_run *s, const cuda_cmd *c) {
+    cuda_run *r = s->r;
+    const be_attn *t = &c[L_ATTN].attn;
+    const dec_matrix w = matrix_of(c[L_QKV].w);
+    const few_rows in = {&r->dev->arr.batch->n_tok, s->d->few.norm, s->n_embd, s->d->few.done + 1};
+    launch(r, few_qkv_kernel<F, 3, R>, s->n_sm, ROW_THREADS, few_linear_smem<F, R>(w.n_unit / 3), in, w,
+           dec_rope{r->dev->scratch.rope, r->dev->arr.pos}, kv_of(r, t), t->n_head, t->n_kv_head, c != s->first,
+           (__half *)s->d->few.q);
+}
+
+template <class F, int EPL, int R> static void few_out_route(const decode_run *s, const cuda_cmd *c, float *x) {
+    const auto *d = &s->d->few;
+    const dec_matrix w = matrix_of(c[L_OUT].w);
+    const cuda_weight *router = c[L_MOE].w2;
+    const int n = s->n_embd;
+    const few_out a = {{&s->r->dev->arr.batch->n_tok, d->y, w.n_unit * 64, NULL},
+                       x,
+                       router->gained,
+                       d->route_part,
+                       d->done,
+                       {x, d->route_part, router->bias, (n + 15) / 16, n, c[L_MOE].eps},
+                       {c[L_MOE].w->dense, c[L_MOE].eps, n, d->norm, n},
+                       d->id,
+                       d->weight,
+                       d->done + 2};
+    launch(s->r, few_out_kernel<F, 4, EPL, R>, s->n_sm, ROW_THREADS, few_out_smem<F, EPL, R>(w.n_unit / 4), a, w);
+}
+
+template <int EPL, int R>
+static void few_experts(const decode_run *s, const cuda_cmd *c, float *x, const cuda_cmd *norm) {
+    const cuda_cmd *e = &c[L_EXPERTS];
+    const auto *d = &s->d->few;
+    const int32_t *rows = &s->r->dev->arr.batch->n_tok;
+    const dec_matrix up = matrix_of(e->w), down = matrix_of(e->w2);
+    const int n = s->n_embd, n_ff = (int)e->w2->base.n_col;
+    launch(s->r, few_gate_up_kernel<EPL, R>, s->n_sm, ROW_THREADS, few_experts_smem<R>(),
+           few_rows{rows, d->norm, n, d->done}, d->id, d->done + 2, up, e->glu.alpha, e->glu.limit, d->h, n_ff);
+    const few_down a = {{rows, d->h, n_ff, d->done + 2},           d->id, d->weight, d->down, x, d->done + 1,
+                        {norm->w->dense, norm->eps, n, d->norm, n}};
+    launch(s->r, few_down_kernel<EPL, R>, s->n_sm, ROW_THREADS, few_experts_smem<R>(), a, down);
+}
+
+template <class F, int R> static void few_layers(const decode_run *s, const decode_plan *p) {
+    float *x = p->embed->y->f32;
+    cuda_act rows = *p->layer[L_NORM].y;
+    cuda_cmd norm = p->layer[L_NORM];
+    rows.f32 = NULL;
+    rows.f16 = s->d->few.norm;
+    rows.ld = s->n_embd;
+    norm.y = &rows;
+    cuda_run_norm(s->r, &norm);
+    for (int l = 0; l < p->n_layer; l++) {
+        const cuda_cmd *c = p->layer + l * L_COUNT, *next = l + 1 < p->n_layer ? c + L_COUNT + L_NORM : p->norm;
+        few_qkv<F, R>(s, c);
+        run_attention<R>(s, c, s->d->few.q, s->d->few.y);
+        if (c[L_MOE].w2->base.n_row == 32) {
+            few_out_route<F, 1, R>(s, c, x);
+            few_experts<1, R>(s, c, x, next);
+        } else {
+            few_out_route<F, 4, R>(s, c, x);
+            few_experts<4, R>(s, c, x, next);
+        }
+    }
+}
+
+template <class F, int R> static void few_head(const decode_run *s, const decode_plan *p) {
+    cuda_run *r = s->r;
+    const dec_matrix w = matrix_of(p->head->w);
+    const few_rows in = {&r->dev->arr.batch->n_out, s->d->few.norm, s->n_embd, NULL};
+    launch(r, few_head_kernel<F, 3, R>, s->n_sm, ROW_THREADS, few_linear_smem<F, R>(w.n_unit / 3), in,
+           (const int32_t *)r->dev->arr.out_row, w, (int)p->head->w->base.n_row, p->head->y->f32);
+}
+
+template <class F, int R> static void run_few(const decode_run *s, const decode_plan *p) {
+    few_layers<F, R>(s, p);
+    if (s->r->shape.outs == 0)
+        return;
+    if (p->head->w->matrix[0].form == CUDA_FORM_Q8_0)
+        few_head<form_q8_0, R>(s, p);
+    else
+        few_head<form_f16<1>, R>(s, p);
+}
+
+template <class F> static void run_one(const decode_run *s, const decode_plan *p) {
+    run_layers<F>(s, p);
+    if (s->r->shape.outs == 0)
+        return;
+    if (p->head->w->matrix[0].form == CUDA_FORM_Q8_0)
+        run_head<form_q8_0>(s, p);
+    else
+        run_head<form_f16<1>>(s, p);
+}
+
+template <class F> static void run_rows(const decode_run *s, const decode_plan *p) {
+    const int rows = s->r->shape.rows;
+    if (rows == 1)
+        run_one<F>(s, p);
+    else if (rows <= 2)
+        run_few<F, 2>(s, p);
+    else if (rows <= 4)
+        run_few<F, 4>(s, p);
+    else
+        run_few<F, 8>(s, p);
+}
+
 bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd) {
     decode_plan p;
     int smem = 0;
     if (!r->dev->decode || r->dev->major < 8 || !match(r, cmd, n_cmd, &p) ||
         cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, r->dev->ordinal) != cudaSuccess ||
-        smem < 120 * 1024 || r->dev->n_sm > DEC_MAX_SM)
+        smem < 120 * 1024 || r->dev->n_sm > DEC_MAX_SM || r->dev->n_sm < FEW_MAX)
         return false;
     const decode_run s = {r, r->dev->decode, r->dev->n_sm, (int)p.embed->y->base.width, p.layer};
     cuda_run_embed(r, p.embed);
     cuda_run_rope_table(r, &p.layer[L_ROPE]);
     if (p.layer[L_QKV].w->matrix[0].form == CUDA_FORM_Q8_0)
-        run_layers<form_q8_0>(&s, &p);
+        run_rows<form_q8_0>(&s, &p);
     else
-        run_layers<form_f16<1>>(&s, &p);
-    if (r->shape.outs == 0)
-        return true;
-    if (p.head->w->matrix[0].form == CUDA_FORM_Q8_0)
-        run_head<form_q8_0>(&s, &p);
-    else
-        run_head<form_f16<1>>(&s, &p);
-    if (p.sample)
+        run_rows<form_f16<1>>(&s, &p);
+    if (p.sample && r->shape.outs > 0)
         cuda_run_sample(r, p.sample);
     return true;
 }
@@ -209,10 +328,31 @@ bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd) {
 /* ---- scratch ---- */
 
 static void free_rows(cuda_dev *dev, cuda_decode *d) {
-    void *all[] = {d->xa, d->xb, d->p, d->route_part, d->q, d->h, d->fresh, d->best};
+    void *all[] = {d->xa,    d->xb,    d->p,        d->route_part,     d->q,          d->h,
+                   d->fresh, d->best,  d->few.down, d->few.route_part, d->few.weight, d->few.norm,
+                   d->few.q, d->few.y, d->few.h,    d->few.id,         d->few.done};
     for (void *p : all)
         cuda_free(dev, p);
     *d = {};
+}
+
+/* Filled with zeros: products read all FEW_MAX rows, and counters count from there. */
+static orcd_status few_alloc(cuda_dev *dev, void *out, size_t bytes, orcd_error *err) {
+    ORCD_TRY(cuda_alloc(dev, out, bytes, "the decode step", err));
+    return cuda_fill(dev, *(void **)out, 0, bytes, "the decode step", err);
+}
+
+static orcd_status reserve_few(cuda_dev *dev, cuda_decode *d, size_t embd, orcd_error *err) {
+    const size_t pairs = FEW_MAX * DEC_TOP_K;
+    ORCD_TRY(few_alloc(dev, &d->few.down, pairs * embd, err));
+    ORCD_TRY(few_alloc(dev, &d->few.route_part, FEW_MAX * (embd / 16) * (size_t)dev->want_expert, err));
+    ORCD_TRY(few_alloc(dev, &d->few.weight, pairs * sizeof(float), err));
+    ORCD_TRY(few_alloc(dev, &d->few.norm, FEW_MAX * embd / 2, err));
+    ORCD_TRY(few_alloc(dev, &d->few.q, FEW_MAX * DEC_MAX_Q * 2, err));
+    ORCD_TRY(few_alloc(dev, &d->few.y, FEW_MAX * DEC_MAX_Q * 2, err));
+    ORCD_TRY(few_alloc(dev, &d->few.h, pairs * (size_t)round_up(dev->want_ff, 64) * 2, err));
+    ORCD_TRY(few_alloc(dev, &d->few.id, pairs * sizeof(int32_t), err));
+    return few_alloc(dev, &d->few.done, 3 * sizeof(uint32_t), err);
 }
 
 /* Room for the widest model loaded; nothing to do when it is there already. */
@@ -231,9 +371,10 @@ orcd_status cuda_decode_reserve(cuda_dev *dev, orcd_error *err) {
     ORCD_TRY(cuda_alloc(dev, &d->p, 2 * embd, "the decode step", err));
     ORCD_TRY(cuda_alloc(dev, &d->route_part, embd / 16 * experts, "the decode step", err));
     ORCD_TRY(cuda_alloc(dev, &d->q, DEC_MAX_Q * 2, "the decode step", err));
-    ORCD_TRY(cuda_alloc(dev, &d->fresh, 2 * DEC_MAX_Q / 8 * sizeof(float), "the decode step", err));
+    ORCD_TRY(cuda_alloc(dev, &d->fresh, FEW_MAX * 2 * DEC_MAX_Q / 8 * sizeof(float), "the decode step", err));
     ORCD_TRY(cuda_alloc(dev, &d->h, (size_t)round_up(dev->want_ff, 64) * DEC_TOP_K * 2, "the decode step", err));
     ORCD_TRY(cuda_alloc(dev, &d->best, DEC_MAX_SM * sizeof(float2), "the decode step", err));
+    ORCD_TRY(reserve_few(dev, d, embd, err));
     d->n_embd = dev->want_embd, d->n_ff = dev->want_ff, d->n_expert = dev->want_expert;
     return ORCD_OK;
 }

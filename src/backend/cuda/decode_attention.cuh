@@ -10,16 +10,16 @@
 #define DEC_CHUNK 512 /* keys of a partial result: eight pages, one a warp */
 
 struct dec_attn {
-    const __half *q; /* [n_head][64] */
+    const __half *q; /* [row][n_head][64] */
     dec_kv kv;
-    const int32_t *pos;
+    const int32_t *pos, *n_row;
     const float *sinks; /* [n_head] or NULL */
     int n_kv, window;   /* n_head = 8 n_kv */
     float scale_log2;   /* scale * log2(e) */
-    float *part;        /* [n_kv][chunks][8][66]: O, m, l */
+    float *part;        /* [row][n_kv][chunks][8][66]: O, m, l */
     int part_chunks;    /* allotted per kv head */
-    uint32_t *arrived;  /* [n_kv], zero; left zero */
-    uint16_t *y;        /* [n_head * 64] f16 */
+    uint32_t *arrived;  /* [row][n_kv], zero; left zero */
+    uint16_t *y;        /* [row][n_head * 64] f16 */
 };
 
 struct dec_soft { /* running softmax of one head and two columns */
@@ -33,13 +33,13 @@ struct dec_soft { /* running softmax of one head and two columns */
     }
 };
 
-__device__ __forceinline__ void dec_attn_finish(const dec_attn &a, int head, int d, const dec_soft &s) {
+__device__ __forceinline__ void dec_attn_finish(const dec_attn &a, int row, int head, int d, const dec_soft &s) {
     float m = s.m, l = s.l, f = 1;
     if (a.sinks) {
         float z = a.sinks[head] * 1.44269504088896f;
         m = fmaxf(s.m, z), f = exp2f(s.m - m), l = fmaf(s.l, f, exp2f(z - m));
     }
-    *(uint32_t *)(a.y + head * 64 + d) = f16x2(s.o0 * f / l, s.o1 * f / l);
+    *(uint32_t *)(a.y + (row * a.n_kv * 8 + head) * 64 + d) = f16x2(s.o0 * f / l, s.o1 * f / l);
 }
 
 #define DEC_ATTN_SMEM (8 * 8192 + 8 * 8 * 64 * 4 + 2 * 8 * 8 * 4 + 16)
@@ -194,9 +194,10 @@ template <class T> struct dec_page {
 };
 
 /* By the warp whose page the new position lies in: its key and value join the page. */
-template <class T> __device__ __forceinline__ void dec_store_fresh(const dec_attn &a, T *page, int head, int at) {
+template <class T>
+__device__ __forceinline__ void dec_store_fresh(const dec_attn &a, T *page, int row, int head, int at) {
     for (int value = 0; value < 2; value++) {
-        const float *x = a.kv.fresh + (value * a.n_kv + head) * 64 + threadIdx.x % 32;
+        const float *x = a.kv.fresh + ((row * 2 + value) * a.n_kv + head) * 64 + threadIdx.x % 32;
         const float row[2] = {__ldcg(x), __ldcg(x + 32)};
         kv_put(page, 64, value, at, row);
     }
@@ -218,59 +219,101 @@ __device__ __forceinline__ bool dec_arrive(uint32_t *counter, int n, int *flag) 
     return *flag;
 }
 
-/* Units (kv head, chunk of 512 keys), eight warps: a page each; chunks meet in the last CTA to arrive, in ascending
- * order. Pages before the current position are asked for before the wait: the kernel before this one started us after
- * its own wait, so that they, the page table and the position are settled. */
-template <class T> __global__ void __launch_bounds__(256, 2) dec_attention_kernel(dec_attn a) {
+/* A unit of work: 512 keys of a row for one KV head. */
+struct dec_unit {
+    int row, pos, low; /* low: first key that the row sees */
+    int chunk, head;   /* chunk: from the first that the row sees, c0 */
+    int c0, n_chunk;
+    /* The warp's page, -1 none. */
+    __device__ __forceinline__ int page(int warp) const {
+        const int index = (c0 + chunk) * (DEC_CHUNK / 64) + warp;
+        return row >= 0 && index >= low / 64 && index <= pos / 64 ? index : -1;
+    }
+};
+
+/* Units of R rows, numbered row by row, then by chunk, then by head. Lane j of each warp knows row j. */
+template <int R> struct dec_units_of {
+    int n_kv, pos, low, c0, n_chunk, base; /* base: the row's first unit */
+    int n;                                 /* units of all rows */
+
+    __device__ __forceinline__ dec_units_of(const dec_attn &a) {
+        const int j = R == 1 ? 0 : threadIdx.x % 32;
+        const bool there = R == 1 || j < min(R, __ldcg(a.n_row));
+        n_kv = a.n_kv;
+        pos = there ? __ldcg(a.pos + j) : 0;
+        low = a.window > 0 && pos >= a.window ? pos - a.window + 1 : 0;
+        c0 = low / DEC_CHUNK, n_chunk = there ? pos / DEC_CHUNK + 1 - c0 : 0;
+        int sum = n_chunk * n_kv;
+        n = sum, base = 0;
+        if constexpr (R > 1) {
+#pragma unroll
+            for (int d = 1; d < R; d *= 2) {
+                const int v = __shfl_up_sync(~0u, sum, d);
+                sum += j >= d ? v : 0;
+            }
+            base = sum - n;
+            n = __shfl_sync(~0u, sum, R - 1);
+        }
+    }
+    __device__ __forceinline__ dec_unit at(int u) const {
+        if (R == 1)
+            return {u < n ? 0 : -1, pos, low, u / n_kv, u % n_kv, c0, n_chunk};
+        const uint32_t who = __ballot_sync(~0u, u >= base && u < base + n_chunk * n_kv);
+        const int row = __ffs((int)who) - 1, j = max(row, 0);
+        u -= __shfl_sync(~0u, base, j);
+        return {row,      __shfl_sync(~0u, pos, j), __shfl_sync(~0u, low, j),    u / n_kv,
+                u % n_kv, __shfl_sync(~0u, c0, j),  __shfl_sync(~0u, n_chunk, j)};
+    }
+};
+
+/* Eight warps a unit, a page each; chunks meet in the last CTA to arrive, in ascending order. Pages before the current
+ * position are asked for before the wait: the kernel before this one started us after its own wait, so that they, the
+ * page table and the position are settled. No two rows are of one sequence. */
+template <class T, int R> __global__ void __launch_bounds__(256, 2) dec_attention_kernel(dec_attn a) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = warp, d = lane * 2;
     float *so = (float *)(dec_shared + 8 * 8192), *sm = so + 8 * 8 * 64, *sl = sm + 64;
     int *flag = (int *)(sl + 64);
     dec_page<T> pg;
     pg.lane = lane, pg.v = dec_shared + warp * 8192, pg.v_at = dec_smem(pg.v);
     pdl_launch();
-    const int32_t *pages = a.kv.pages();
-    int pos = __ldcg(a.pos), low = a.window > 0 && pos >= a.window ? pos - a.window + 1 : 0;
-    int c0 = low / DEC_CHUNK, n_chunk = pos / DEC_CHUNK + 1 - c0, n_unit = n_chunk * a.n_kv;
-    auto index_of = [&](int u) { /* this warp's page of a unit, -1 none */
-                                 int index = (c0 + u / a.n_kv) * (DEC_CHUNK / 64) + warp;
-                                 return u < n_unit && index >= low / 64 && index <= pos / 64 ? index : -1;
+    const dec_units_of<R> units(a);
+    auto page_of = [&](const dec_unit &t, int index) {
+        return (T *)(a.kv.layer + __ldcg(a.kv.pages(t.row) + index) * a.kv.page_bytes + t.head * kv_head_bytes<T>(64));
     };
-    auto page_of = [=](int u, int index) {
-        return (T *)(a.kv.layer + __ldcg(pages + index) * a.kv.page_bytes + u % a.n_kv * kv_head_bytes<T>(64));
-    };
-    auto ask = [&](int u, T *page, int index) {
+    auto ask = [&](const dec_unit &t, T *page, int index) {
         if constexpr (dec_page<T>::INT8)
-            if (index == pos / 64)
-                dec_store_fresh(a, page, u % a.n_kv, pos % 64);
+            if (index == t.pos / 64)
+                dec_store_fresh(a, page, t.row, t.head, t.pos % 64);
         pg.ask_k(page), pg.ask_v(page);
     };
-    int u = blockIdx.x, index = index_of(u);
-    T *page = index >= 0 ? page_of(u, index) : nullptr;
-    if (index == pos / 64)
+    int u = blockIdx.x;
+    const dec_unit begin = units.at(u);
+    int index = begin.page(warp);
+    T *page = index >= 0 ? page_of(begin, index) : nullptr;
+    if (index == begin.pos / 64)
         pdl_wait(); /* this page's last row is the kernel's before */
     if (index >= 0)
-        ask(u, page, index);
+        ask(begin, page, index);
     pdl_wait();
 #pragma unroll 1
-    for (; u < n_unit; u += gridDim.x) {
-        int h = u % a.n_kv, next = index_of(u + gridDim.x), now = index;
+    for (; u < units.n; u += gridDim.x) {
+        const dec_unit now = units.at(u), next = units.at(u + gridDim.x);
+        const int h = now.head;
         float2 s[2][4];
-        if (now >= 0) {
+        if (index >= 0) {
             uint4 q[2];
-            const __half *row = a.q + (h * 8 + lane / 4) * 64 + lane % 4 * 8;
+            const __half *row = a.q + ((now.row * a.n_kv + h) * 8 + lane / 4) * 64 + lane % 4 * 8;
             q[0] = __ldcg((const uint4 *)row), q[1] = __ldcg((const uint4 *)(row + 32));
             pg.scores(q, s);
-        }
-        if (now >= 0) {
             dec_async_done();
             __syncwarp();
-            pg.finish(a, s, now * 64, pos, so + warp * 512, sm + warp * 8, sl + warp * 8);
+            pg.finish(a, s, index * 64, now.pos, so + warp * 512, sm + warp * 8, sl + warp * 8);
         } else if (lane < 8)
             sm[warp * 8 + lane] = -INFINITY;
         __syncwarp();
-        if (next >= 0)
-            ask(u + gridDim.x, page_of(u + gridDim.x, next), next);
-        index = next;
+        index = next.page(warp);
+        if (index >= 0)
+            ask(next, page_of(next, index), index);
         __syncthreads();
         dec_soft acc = {-INFINITY, 0, 0, 0};
 #pragma unroll 2
@@ -278,24 +321,25 @@ template <class T> __global__ void __launch_bounds__(256, 2) dec_attention_kerne
             float2 o = *(const float2 *)(so + w * 512 + g * 64 + d);
             acc.merge(sm[w * 8 + g], sl[w * 8 + g], o.x, o.y);
         }
-        if (n_chunk == 1) {
-            dec_attn_finish(a, h * 8 + g, d, acc);
+        if (now.n_chunk == 1) {
+            dec_attn_finish(a, now.row, h * 8 + g, d, acc);
             __syncthreads();
             continue;
         }
-        float *out = a.part + (((int64_t)h * a.part_chunks + u / a.n_kv) * 8 + g) * 66;
+        const int at = now.row * a.n_kv + h;
+        float *out = a.part + (((int64_t)at * a.part_chunks + now.chunk) * 8 + g) * 66;
         __stcg((float2 *)(out + d), make_float2(acc.o0, acc.o1));
         if (lane == 0)
             __stcg((float2 *)(out + 64), make_float2(acc.m, acc.l));
-        if (!dec_arrive(a.arrived + h, n_chunk, flag))
+        if (!dec_arrive(a.arrived + at, now.n_chunk, flag))
             continue;
         acc = {-INFINITY, 0, 0, 0};
-        const float *in = a.part + ((int64_t)h * a.part_chunks * 8 + g) * 66;
-        for (int i0 = 0; i0 < n_chunk; i0 += 4) {
+        const float *in = a.part + ((int64_t)at * a.part_chunks * 8 + g) * 66;
+        for (int i0 = 0; i0 < now.n_chunk; i0 += 4) {
             float2 o[4], ml[4];
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                if (i0 + i < n_chunk) {
+                if (i0 + i < now.n_chunk) {
                     o[i] = __ldcg((const float2 *)(in + (i0 + i) * 528 + d));
                     ml[i] = __ldcg((const float2 *)(in + (i0 + i) * 528 + 64));
                 } else
@@ -304,7 +348,7 @@ template <class T> __global__ void __launch_bounds__(256, 2) dec_attention_kerne
             for (int i = 0; i < 4; i++)
                 acc.merge(ml[i].x, ml[i].y, o[i].x, o[i].y);
         }
-        dec_attn_finish(a, h * 8 + g, d, acc);
+        dec_attn_finish(a, now.row, h * 8 + g, d, acc);
     }
 }
 

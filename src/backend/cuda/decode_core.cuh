@@ -43,10 +43,12 @@ struct dec_kv {
     uint8_t *layer;       /* of page 0: pool + the layer's offset */
     int64_t page_bytes;   /* distance of pages */
     const int32_t *table; /* [slot][n_entry] */
-    const int32_t *slot;  /* of the row */
+    const int32_t *slot;  /* of the rows */
     int n_entry;
-    float *fresh; /* 8 bits: the row's K and V for attention, which stores them, as their scale needs whole heads */
-    __device__ __forceinline__ const int32_t *pages() const { return table + (int64_t)__ldcg(slot) * n_entry; }
+    float *fresh; /* 8 bits: the rows' K and V for attention, which stores them, as their scale needs whole heads */
+    __device__ __forceinline__ const int32_t *pages(int row) const {
+        return table + (int64_t)__ldcg(slot + row) * n_entry;
+    }
 };
 
 /* CTA's share of n things: [first, end). */
@@ -112,14 +114,35 @@ template <int BYTES, int STAGES> struct dec_ring {
     }
 };
 
-/* acc += UNITS units at p (shared) times the lane's activations x (shared; block i of 32 columns at x + 32 i). The two
- * blocks of a unit are independent chains. */
-template <class F, int UNITS>
-__device__ __forceinline__ void dec_units(const uint8_t *p, const __half *x, float (&acc)[4], int lane) {
+/* A lane's activations of its warp's segment, block h of 32 columns of unit u. One row, in shared memory: */
+struct dec_x1 {
+    const __half *x; /* the lane's first eight */
+    __device__ __forceinline__ uint4 at(int u, int h) const { return *(const uint4 *)(x + u * 64 + h * 32); }
+};
+
+/* Row lane / 4 of up to eight, in registers. */
+template <int SEG> struct dec_x8 {
+    uint4 v[SEG][2];
+    __device__ __forceinline__ uint4 at(int u, int h) const { return v[u][h]; }
+    /* row: the lane's, at the warp's segment; NULL: zeros */
+    __device__ __forceinline__ void load(const uint16_t *row) {
+#pragma unroll
+        for (int u = 0; u < SEG; u++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                v[u][h] =
+                    row ? __ldcg((const uint4 *)(row + threadIdx.x % 4 * 8) + u * 8 + h * 4) : make_uint4(0, 0, 0, 0);
+    }
+};
+
+/* acc += UNITS units at p (shared) times units u0, .. of the lane's activations. The two blocks of a unit are
+ * independent chains. */
+template <class F, int UNITS, class X>
+__device__ __forceinline__ void dec_units(const uint8_t *p, const X &x, int u0, float (&acc)[4], int lane) {
 #pragma unroll
     for (int u = 0; u < UNITS; u++) {
         const typename F::raw w = F::load_shared(p + u * F::CHUNK, lane);
-        const uint4 b0 = *(const uint4 *)(x + u * 64), b1 = *(const uint4 *)(x + u * 64 + 32);
+        const uint4 b0 = x.at(u0 + u, 0), b1 = x.at(u0 + u, 1);
         if constexpr (F::SCALED) {
             const frag_block f = F::block(w, 0), g = F::block(w, 1);
             float c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
@@ -244,40 +267,53 @@ template <class F, int SEG, int N_SEG, int PARTS, int STAGES,
             stage -= STAGES, phase ^= 1;
     }
 
-    /* acc = the segment's sums of the next tile; x: the lane's activations of the segment. */
-    __device__ __forceinline__ void tile_sum(const __half *x, float (&acc)[4]) {
+    /* acc = the segment's sums of the next tile. */
+    template <class X> __device__ __forceinline__ void tile_sum(const X &x, float (&acc)[4]) {
         acc[0] = acc[1] = acc[2] = acc[3] = 0;
-        dec_units<F, SEG>(wait_tile(), x, acc, threadIdx.x % 32);
+        dec_units<F, SEG>(wait_tile(), x, 0, acc, threadIdx.x % 32);
         release_tile();
     }
 };
 
-/* Row r of tile i of a group from the segments' sums. red: [tile of group][DEC_WARPS][16] */
-__device__ __forceinline__ float dec_sum(const float *red, int tile, int r, int n_seg) {
-    float v[DEC_WARPS];
-    red += tile * DEC_WARPS * 16 + r;
+/* Floats of a segment's sums of a tile for R rows: [row][16], rows 18 apart, which spreads them over the banks. */
+template <int R> constexpr int dec_pitch = R == 1 ? 16 : R * 18;
+/* Of G tiles' sums, twice: one group is added up while the next is multiplied. */
+template <int G, int R, int N_SEG = DEC_WARPS> constexpr int dec_sums_bytes = 2 * G *N_SEG *dec_pitch<R> * 4;
+
+/* Value r of tile i of a group for row j, from the segments' sums. red: [tile of group][N_SEG][dec_pitch] */
+template <int R, int N_SEG = DEC_WARPS>
+__device__ __forceinline__ float dec_sum(const float *red, int tile, int j, int r, int n_seg = N_SEG) {
+    float v[N_SEG];
+    red += tile * N_SEG * dec_pitch<R> + j * 18 + r;
 #pragma unroll
-    for (int w = 0; w < DEC_WARPS; w++)
-        v[w] = w < n_seg ? red[w * 16] : 0.f;
+    for (int w = 0; w < N_SEG; w++)
+        v[w] = w < n_seg ? red[w * dec_pitch<R>] : 0.f;
     float s = v[0];
 #pragma unroll
-    for (int w = 1; w < DEC_WARPS; w++)
+    for (int w = 1; w < N_SEG; w++)
         s += v[w];
     return s;
 }
 
-/* Four bytes to shared memory, there after dec_async_done. */
+/* To shared memory, there after dec_async_done. */
+__device__ __forceinline__ void dec_async16(float *to, const float *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dec_smem(to)), "l"(from) : "memory");
+}
 __device__ __forceinline__ void dec_async4(float *to, const float *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dec_smem(to)), "l"(from) : "memory");
 }
 __device__ __forceinline__ void dec_async_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-/* With one row all eight columns of B are that row: lanes t = 0 hold rows g and g + 8 in acc[0] and acc[2]. */
+/* Lane (g, t) holds values g and g + 8 of rows 2t and 2t + 1. With one row all eight columns of B are that row. */
+template <int R, int N_SEG = DEC_WARPS>
 __device__ __forceinline__ void dec_store(float *red, int tile, int warp, const float (&acc)[4], int lane) {
-    if (lane % 4 == 0) {
-        red[(tile * DEC_WARPS + warp) * 16 + lane / 4] = acc[0];
-        red[(tile * DEC_WARPS + warp) * 16 + lane / 4 + 8] = acc[2];
-    }
+    const int g = lane / 4, t = lane % 4;
+    float *to = red + (tile * N_SEG + warp) * dec_pitch<R> + 36 * t + g;
+    if (2 * t >= R)
+        return;
+    to[0] = acc[0], to[8] = acc[2];
+    if (R > 1)
+        to[18] = acc[1], to[26] = acc[3];
 }
 
 __device__ __forceinline__ float4 dec_ld4(const float *p) { return __ldcg((const float4 *)p); }

@@ -12,9 +12,8 @@ template <> struct dec_expert_plan<form_mxfp4> { /* pieces of a third of a tile 
 
 /* All n tiles of this CTA in groups of G: epi(sums of the group, its first tile, its number of tiles) by the N_SEG
  * warps that sum. */
-template <int G, int N_SEG, class Pipe, class Tiles, class Epi>
-__device__ __forceinline__ void dec_piped_tiles(Pipe &pipe, Tiles &tiles, const __half *x, float *red, int n,
-                                                Epi &&epi) {
+template <int G, int N_SEG, class Pipe, class Tiles, class X, class Epi>
+__device__ __forceinline__ void dec_piped_tiles(Pipe &pipe, Tiles &tiles, const X &x, float *red, int n, Epi &&epi) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp >= N_SEG) {
         pipe.fill(tiles, INT32_MAX);
@@ -27,7 +26,7 @@ __device__ __forceinline__ void dec_piped_tiles(Pipe &pipe, Tiles &tiles, const 
         for (int i = 0; i < m; i++) {
             float acc[4];
             pipe.tile_sum(x, acc);
-            dec_store(out, i, warp, acc, lane);
+            dec_store<1>(out, i, warp, acc, lane);
         }
         asm volatile("bar.sync 1, %0;" ::"n"(N_SEG * 32) : "memory");
         epi(out, i0, m);
@@ -205,19 +204,20 @@ __global__ void __launch_bounds__(ROW_THREADS, 2) dec_gate_up_kernel(dec_route r
         if (4 * (tid + i * ROW_THREADS) < route.n_embd)
             *(uint2 *)(xs + 4 * (tid + i * ROW_THREADS)) = dec_norm4(v[i], rs, g[i]);
     __syncthreads();
-    dec_piped_tiles<G, 15>(pipe, tile, xs + warp * 192 + lane % 4 * 8, red, n, [&](const float *sums, int i0, int m) {
-        int i = tid / 8, r = tid % 8;
-        if (i >= m)
-            return;
-        int at = first + i0 + i, slot = (at >= w.n_tile) + (at >= 2 * w.n_tile) + (at >= 3 * w.n_tile),
-            e = dec_pick(id, slot), row = (at - slot * w.n_tile) * 8 + r;
-        float gate = dec_sum(sums, i, r, 15) * w.post, up = dec_sum(sums, i, r + 8, 15) * w.post;
-        if (w.bias && i0 + i < DEC_MAX_TILES)
-            gate += bias[(i0 + i) * 16 + r], up += bias[(i0 + i) * 16 + r + 8];
-        else if (w.bias)
-            gate += w.bias[(int64_t)e * 2 * n_ff + row], up += w.bias[((int64_t)e * 2 + 1) * n_ff + row];
-        h[slot * n_ff + row] = __float2half_rn(glu(gate, up, alpha, limit));
-    });
+    dec_piped_tiles<G, 15>(
+        pipe, tile, dec_x1{xs + warp * 192 + lane % 4 * 8}, red, n, [&](const float *sums, int i0, int m) {
+            int i = tid / 8, r = tid % 8;
+            if (i >= m)
+                return;
+            int at = first + i0 + i, slot = (at >= w.n_tile) + (at >= 2 * w.n_tile) + (at >= 3 * w.n_tile),
+                e = dec_pick(id, slot), row = (at - slot * w.n_tile) * 8 + r;
+            float gate = dec_sum<1>(sums, i, 0, r, 15) * w.post, up = dec_sum<1>(sums, i, 0, r + 8, 15) * w.post;
+            if (w.bias && i0 + i < DEC_MAX_TILES)
+                gate += bias[(i0 + i) * 16 + r], up += bias[(i0 + i) * 16 + r + 8];
+            else if (w.bias)
+                gate += w.bias[(int64_t)e * 2 * n_ff + row], up += w.bias[((int64_t)e * 2 + 1) * n_ff + row];
+            h[slot * n_ff + row] = __float2half_rn(glu(gate, up, alpha, limit));
+        });
 }
 
 /* p[pair][n_embd] = weighted sum of two experts' down + bias; pair 0: the first two of the route. */
@@ -270,8 +270,8 @@ __global__ void __launch_bounds__(ROW_THREADS, 2)
         for (int i = 0; i < 2 * m; i++) {
             int pair = (int)blockIdx.x + (i0 + i / 2) * step >= w.n_tile;
             float acc[4];
-            pipe.tile_sum((const __half *)(own + (pair * 2 + i % 2) * 24) + lane % 4 * 8, acc);
-            dec_store(out, i, warp, acc, lane);
+            pipe.tile_sum(dec_x1{(const __half *)(own + (pair * 2 + i % 2) * 24) + lane % 4 * 8}, acc);
+            dec_store<1>(out, i, warp, acc, lane);
         }
         asm volatile("bar.sync 1, %0;" ::"n"(15 * 32) : "memory");
         if (tid < m * 16) {
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(ROW_THREADS, 2)
             float d[2];
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                d[j] = dec_sum(out, 2 * i + j, r, 15) * w.post;
+                d[j] = dec_sum<1>(out, 2 * i + j, 0, r, 15) * w.post;
                 if (w.bias && 2 * (i0 + i) + j < DEC_MAX_TILES)
                     d[j] += bias[(2 * (i0 + i) + j) * 16 + r];
                 else if (w.bias)

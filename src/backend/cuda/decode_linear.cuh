@@ -51,11 +51,12 @@ template <class F, int SEG, int UNITS, int STAGES> struct dec_feed {
             ring.issue(left > 0 ? source(tiles) : nullptr, lane);
     }
     /* acc = the segment's sums of the next tile. */
-    template <class Tiles> __device__ __forceinline__ void tile_sum(Tiles &tiles, const __half *x, float (&acc)[4]) {
+    template <class Tiles, class X>
+    __device__ __forceinline__ void tile_sum(Tiles &tiles, const X &x, float (&acc)[4]) {
         acc[0] = acc[1] = acc[2] = acc[3] = 0;
 #pragma unroll
         for (int s = 0; s < PER_TILE; s++) {
-            dec_units<F, UNITS>(ring.wait(), x + s * UNITS * 64, acc, lane);
+            dec_units<F, UNITS>(ring.wait(), x, s * UNITS, acc, lane);
             ring.next(left > 0 ? source(tiles) : nullptr, lane);
         }
     }
@@ -73,20 +74,20 @@ struct dec_tiles_plain { /* tiles at a constant distance */
 
 /* All tiles of this CTA in groups of G; epi(tile of the list, index in group's sums red, ...) runs on threads per
  * group. */
-template <int G, class Feed, class Tiles, class Epi>
-__device__ __forceinline__ void dec_tiles(Feed &feed, Tiles &tile, const __half *x, float *red, int n, bool active,
+template <int G, int R, class Feed, class Tiles, class X, class Epi>
+__device__ __forceinline__ void dec_tiles(Feed &feed, Tiles &tile, const X &x, float *red, int n, bool active,
                                           const Epi &epi) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (!active)
         dec_async_done();
     for (int i0 = 0, k = 0; i0 < n; i0 += G, k ^= 1) {
-        float *out = red + k * G * DEC_WARPS * 16;
+        float *out = red + k * G * DEC_WARPS * dec_pitch<R>;
         int m = min(G, n - i0);
         if (active)
             for (int i = 0; i < m; i++) {
                 float acc[4];
                 feed.tile_sum(tile, x, acc);
-                dec_store(out, i, warp, acc, lane);
+                dec_store<R>(out, i, warp, acc, lane);
             }
         __syncthreads();
         epi(out, i0, m);
@@ -138,7 +139,7 @@ __device__ __forceinline__ void dec_norm_linear(const dec_norm_in &in, const dec
     dec_carve c = {dec_shared};
     dec_feed<F, SEG, plan::UNITS, plan::STAGES> feed;
     uint8_t *ring = c.take(n_seg * feed.WARP_BYTES);
-    float *red = (float *)c.take(2 * G * DEC_WARPS * 16 * 4);
+    float *red = (float *)c.take(dec_sums_bytes<G, 1>);
     float *ws = (float *)c.take(64);
     __half *xs = (__half *)c.take(in.n_embd * 2);
 
@@ -150,26 +151,28 @@ __device__ __forceinline__ void dec_norm_linear(const dec_norm_in &in, const dec
     }
     epi.before_wait(first, n);
     dec_norm_row(in, xs, ws, epi);
-    dec_tiles<G>(feed, tile, xs + warp * SEG * 64 + lane % 4 * 8, red, n, active,
-                 [&](const float *sums, int i0, int m) { epi(sums, first + i0, i0, m, n_seg); });
+    dec_tiles<G, 1>(feed, tile, dec_x1{xs + warp * SEG * 64 + lane % 4 * 8}, red, n, active,
+                    [&](const float *sums, int i0, int m) { epi(sums, first + i0, i0, m, n_seg); });
 }
 
 struct dec_rope {
-    const float2 *cs;   /* [32] cos, sin of this position, scaled */
-    const int32_t *pos; /* this row's position */
+    const float2 *cs;   /* [row][64], 32 used: cos, sin of its position, scaled */
+    const int32_t *pos; /* [row] */
 };
 
-/* q (f16, after RoPE) and the KV page of one row. Rows: n_head q heads, n_kv k heads, n_kv v heads, of 64, PAIR64. */
-struct dec_qkv_epilogue {
+/* q (f16, after RoPE) and the KV pages of R rows. Weights' rows: n_head q heads, n_kv k heads, n_kv v heads, of 64,
+ * PAIR64. */
+template <int R> struct dec_qkv_epilogue {
     dec_matrix w;
     dec_rope rope;
     dec_kv kv;
+    const int32_t *n_row; /* R > 1: how many rows there are */
     int n_head, n_kv;
-    __half *q;
+    __half *q;   /* [R][n_head * 64] */
     float *bias; /* shared [DEC_MAX_TILES][16] */
-    float2 *cs;  /* shared [32] */
-    int64_t *at; /* shared: page's offset, position */
-    bool early;  /* position, rotation and page table are settled before the wait */
+    float2 *cs;  /* shared [R][32] */
+    int64_t *at; /* shared [R][2]: page's offset, -1 none; position */
+    bool early;  /* positions, rotations and page tables are settled before the wait */
 
     __device__ __forceinline__ void before_wait(int first, int n) {
         if (early)
@@ -187,35 +190,42 @@ struct dec_qkv_epilogue {
         int lane = threadIdx.x - (DEC_WARPS - 1) * 32;
         if (lane < 0)
             return;
-        cs[lane] = __ldcg(rope.cs + lane);
-        if (lane == 0) {
-            int pos = __ldcg(rope.pos);
-            at[0] = __ldcg(kv.pages() + pos / 64) * kv.page_bytes;
-            at[1] = pos;
+#pragma unroll
+        for (int j = 0; j < R; j++)
+            cs[j * 32 + lane] = __ldcg(rope.cs + j * 64 + lane);
+        if (lane < R) {
+            int pos = __ldcg(rope.pos + lane);
+            bool there = R == 1 || lane < __ldcg(n_row);
+            at[2 * lane] = there ? __ldcg(kv.pages(lane) + pos / 64) * kv.page_bytes : -1;
+            at[2 * lane + 1] = pos;
         }
     }
     __device__ __forceinline__ void operator()(const float *sums, int tile0, int i0, int m, int n_seg) {
-        int i = threadIdx.x / 8, r = threadIdx.x % 8;
+        int i = threadIdx.x / (8 * R), j = threadIdx.x / 8 % R, r = threadIdx.x % 8;
         if (i >= m)
             return;
         int row = dec_row_pair64(tile0 + i, r), head = row / 64, d = row % 64;
-        float lo = dec_sum(sums, i, r, n_seg) * w.post, hi = dec_sum(sums, i, r + 8, n_seg) * w.post;
+        float lo = dec_sum<R>(sums, i, j, r, n_seg) * w.post, hi = dec_sum<R>(sums, i, j, r + 8, n_seg) * w.post;
         if (w.bias && i0 + i < DEC_MAX_TILES)
             lo += bias[(i0 + i) * 16 + r], hi += bias[(i0 + i) * 16 + r + 8];
         else if (w.bias)
             lo += w.bias[row], hi += w.bias[row + 32];
         if (head < n_head + n_kv)
-            rotate(lo, hi, cs[d]);
+            rotate(lo, hi, cs[j * 32 + d]);
         if (head < n_head) {
-            q[row] = __float2half_rn(lo), q[row + 32] = __float2half_rn(hi);
+            __half *to = q + j * n_head * 64 + row;
+            to[0] = __float2half_rn(lo), to[32] = __float2half_rn(hi);
             return;
         }
         if (kv.fresh) {
-            kv.fresh[row - n_head * 64] = lo, kv.fresh[row - n_head * 64 + 32] = hi;
+            float *to = kv.fresh + j * 2 * n_kv * 64 + row - n_head * 64;
+            to[0] = lo, to[32] = hi;
             return;
         }
-        int in = (int)at[1] % 64;
-        __half *page = (__half *)(kv.layer + at[0] + (head - n_head) % n_kv * kv_head_bytes<__half>(64));
+        if (R > 1 && at[2 * j] < 0)
+            return;
+        int in = (int)at[2 * j + 1] % 64;
+        __half *page = (__half *)(kv.layer + at[2 * j] + (head - n_head) % n_kv * kv_head_bytes<__half>(64));
         if (head < n_head + n_kv)
             page[in * 64 + d] = __float2half_rn(lo), page[in * 64 + d + 32] = __float2half_rn(hi);
         else
@@ -229,7 +239,7 @@ __global__ void __launch_bounds__(ROW_THREADS, 2) dec_qkv_kernel(dec_norm_in in,
     __shared__ float bias[DEC_MAX_TILES * 16];
     __shared__ float2 cs[32];
     __shared__ int64_t at[2];
-    dec_qkv_epilogue epi = {w, rope, kv, n_head, n_kv, q, bias, cs, at, early};
+    dec_qkv_epilogue<1> epi = {w, rope, kv, NULL, n_head, n_kv, q, bias, cs, at, early};
     dec_norm_linear<F, SEG, 4>(in, w, epi);
 }
 
@@ -247,7 +257,7 @@ struct dec_head_epilogue {
         int i = threadIdx.x / 16, r = threadIdx.x % 16, row = (tile0 + i) * 16 + r;
         if (i >= m || row >= n_vocab)
             return;
-        float v = dec_sum(sums, i, r, n_seg) * w.post;
+        float v = dec_sum<1>(sums, i, 0, r, n_seg) * w.post;
         if (w.bias)
             v += w.bias[row];
         logits[row] = v;
@@ -296,7 +306,7 @@ template <class F, int SEG> __global__ void __launch_bounds__(ROW_THREADS, 2) de
     dec_carve c = {dec_shared};
     dec_feed<F, SEG, plan::OUT_UNITS, plan::OUT_STAGES> feed;
     uint8_t *ring = c.take(n_seg * feed.WARP_BYTES);
-    float *red = (float *)c.take(2 * G * DEC_WARPS * 16 * 4);
+    float *red = (float *)c.take(dec_sums_bytes<G, 1>);
     float *xt = (float *)c.take(2 * G * 16 * 4);
     __half *ys = (__half *)c.take(n_seg * SEG * 128);
 
@@ -324,12 +334,12 @@ template <class F, int SEG> __global__ void __launch_bounds__(ROW_THREADS, 2) de
             ((uint4 *)own)[i] = __ldcg((const uint4 *)(a.y + warp * SEG * 64) + i);
     __syncwarp();
     int k = 0;
-    dec_tiles<G>(feed, tile, own + lane % 4 * 8, red, n, active, [&](const float *sums, int i0, int m) {
+    dec_tiles<G, 1>(feed, tile, dec_x1{own + lane % 4 * 8}, red, n, active, [&](const float *sums, int i0, int m) {
         float *x16 = xt + k * G * 16;
         k ^= 1;
         if (threadIdx.x < m * 16) {
             int i = threadIdx.x / 16, row = (blockIdx.x + (i0 + i) * step) * 16 + r;
-            float v = dec_sum(sums, i, r, n_seg) * w.post;
+            float v = dec_sum<1>(sums, i, 0, r, n_seg) * w.post;
             if (i0 > 0)
                 old = __ldcg(a.x + row), off = w.bias ? w.bias[row] : 0.f;
             v = old + (v + off);

@@ -442,7 +442,7 @@ static void (*const launcher[])(cuda_run *, const cuda_cmd *) = {
 
 static orcd_status run_commands(cuda_dev *d, cuda_step *s, cuda_run *r, orcd_error *err) {
     cuda_run_begin(r);
-    const bool fused = r->shape.rows == 1 && !s->taps && cuda_decode_run(r, s->cmd, s->n_cmd);
+    const bool fused = !s->taps && cuda_decode_run(r, s->cmd, s->n_cmd);
     d->n_fused += fused;
     for (int i = 0; i < s->n_cmd && !fused; i++) {
         const cuda_cmd *c = &s->cmd[i], *next = i + 1 < s->n_cmd ? c + 1 : NULL;
