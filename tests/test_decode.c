@@ -1,6 +1,6 @@
-/* One row a step, as decoding goes, against whole prompts and against the composition of single operations: the same
- * bits. Shapes are gpt-oss's own (20b's, 120b's 128 experts, other numbers of heads), so that the CUDA backend's fused
- * step must be what runs, and small ones and GPT-2's for every backend.
+/* One to eight rows a step, as decoding goes, against whole prompts and against the composition of single operations:
+ * the same bits. Shapes are gpt-oss's own (20b's, 120b's 128 experts, other numbers of heads), so that the CUDA
+ * backend's fused step must be what runs, and small ones and GPT-2's for every backend.
  *
  *     test_decode                 small shapes, every backend that opens
  *     test_decode BACKEND         all shapes
@@ -13,7 +13,7 @@ extern int cuda_n_fused(const be_device *d); /* steps that the fused kernels rec
 static int cuda_n_fused(const be_device *d) { return d ? 0 : 1; }
 #endif
 
-enum { MAX_LAYER = 2, CTX = 1088, STEP = 512, WINDOW = 128, TOP = 4 };
+enum { MAX_LAYER = 2, CTX = 1088, STEP = 512, WINDOW = 128, TOP = 4, STREAMS = 8 };
 
 typedef struct shape {
     const char *name;
@@ -189,7 +189,7 @@ static loaded load_model(op_bench *b, const model *m, be_kv_type kv_type) {
                            .head_dim = 64,
                            .window = window,
                            .type = kv_type,
-                           .n_slot = 2,
+                           .n_slot = 2 + STREAMS,
                            .n_ctx = CTX,
                            .max_tok = STEP,
                            .max_out = STEP});
@@ -310,6 +310,50 @@ static void decode_equals_prefill(const loaded *l, float *want, float *got) {
     }
 }
 
+/* Stream k, in slot 2 + k, decodes positions from here on. */
+static int stream_start(int k) { return starts[k % n_starts()] + k / n_starts(); }
+
+/* The logits that decode_equals_prefill has left for a position. */
+static const float *logits_at(const loaded *l, const float *want, int pos) {
+    for (int i = 0; i < n_starts(); i++)
+        if (pos >= starts[i] && pos < starts[i] + RUN)
+            return want + (int64_t)(i * RUN + pos - starts[i]) * l->m->s->n_vocab;
+    fail_msg("no logits of position %d", pos);
+    return NULL;
+}
+
+/* One step of n streams, each at its own position; all rows are wanted, or every other one. */
+static void step_streams(const loaded *l, int n, int ahead, bool all, const float *want, float *got) {
+    const int64_t width = l->m->s->n_vocab;
+    op_batch b = {0};
+    for (int k = 0; k < n; k++, b.b.n_tok++) {
+        b.pos[k] = stream_start(k) + ahead;
+        b.token[k] = token_at(l, b.pos[k]);
+        b.slot[k] = 2 + k;
+        if (all || k % 2)
+            b.out_row[b.b.n_out++] = k;
+    }
+    be_step *s = op_begin(l->b, &b);
+    record(l, s);
+    op_end(l->b, s);
+    OP_OK(l->b->ops->act_read(l->b->dev, l->logits, 0, b.b.n_out, got, &err_));
+    for (int i = 0; i < b.b.n_out; i++) {
+        const int k = b.out_row[i];
+        char what[80];
+        snprintf(what, sizeof what, "%s, row %d of %d, position %d", l->m->s->name, k, n, b.pos[k]);
+        op_same_bits(what, got + i * width, logits_at(l, want, b.pos[k]), width);
+    }
+}
+
+static void streams_equal_prefill(const loaded *l, const float *want, float *got) {
+    enum { AHEAD = 3 };
+    for (int k = 0; k < STREAMS; k++)
+        feed(l, 2 + k, 0, stream_start(k), NULL, NULL);
+    for (int n = 2; n <= STREAMS; n++)
+        for (int ahead = 0; ahead < (quick ? 1 : AHEAD); ahead++)
+            step_streams(l, n, ahead, ahead != 1, want, got);
+}
+
 static int32_t best_of(const float *v, int n) {
     int32_t best = 0;
     for (int i = 1; i < n; i++)
@@ -355,7 +399,9 @@ static void run_on(const subject *on, const model *m, be_kv_type type, float *wa
     int before = cuda ? cuda_n_fused(b.dev) : 0;
     decode_equals_prefill(&l, want, got);
     sampling_ahead(&l, got);
-    if (cuda && (cuda_n_fused(b.dev) > before) != s->fused)
+    int one = cuda ? cuda_n_fused(b.dev) : 0;
+    streams_equal_prefill(&l, want, got);
+    if (cuda && ((one > before) != s->fused || (cuda_n_fused(b.dev) > one) != s->fused))
         fail_msg("%s: %s", s->name, s->fused ? "the fused step did not run" : "the fused step ran");
     op_close(&b);
 }
@@ -363,7 +409,7 @@ static void run_on(const subject *on, const model *m, be_kv_type type, float *wa
 static void run_shape(const shape *s) {
     static model m;
     make_model(&m, s);
-    float *want = malloc(sizeof *want * (size_t)(ORCD_COUNT(starts) * RUN + 1) * (size_t)s->n_vocab), *got = want;
+    float *want = malloc(sizeof *want * (size_t)(ORCD_COUNT(starts) * RUN + STREAMS) * (size_t)s->n_vocab), *got = want;
     assert_non_null(want);
     got += ORCD_COUNT(starts) * RUN * (size_t)s->n_vocab;
     for (int i = 0; i < n_tested; i++) {
