@@ -46,16 +46,18 @@ static void fill_rows(const q_traits *t, int n_col) {
     }
 }
 
-/* Largest difference from the reference, relative to the size of the sums. */
-static double error_of(const cpu_kernels *k, const q_traits *t, int n_col, int n_row) {
+/* Largest difference from the reference, relative to the size of the sums. Rows are taken in steps: they need not lie
+ * at equal distances. */
+static double error_of(const cpu_kernels *k, const q_traits *t, int n_col, int n_row, int step) {
     cpu_fmt fmt = cpu_fmt_of(t->type);
     size_t row_bytes = q_row_bytes(t, (size_t)n_col);
     const void *ptr[TOKENS];
     double worst = 0, norm = 0;
     cpu_pack(fmt, t, f.rows, row_bytes, n_row, n_col, f.panel);
     for (int i = 0; i < TOKENS; i++) {
-        k->quantise(f.x + i * N_COL, n_col, f.q[i]);
-        ptr[i] = cpu_fmt_is_int(fmt) ? (const void *)f.q[i] : (const void *)(f.x + i * N_COL);
+        int at = i * step % TOKENS;
+        k->quantise(f.x + i * N_COL, n_col, f.q[at]);
+        ptr[i] = cpu_fmt_is_int(fmt) ? (const void *)f.q[at] : (const void *)(f.x + i * N_COL);
     }
     k->dot[fmt](f.panel, n_col, ptr, TOKENS, f.y, f.scratch);
     for (int i = 0; i < TOKENS; i++) {
@@ -88,7 +90,7 @@ static void check_types(const cpu_kernels *k, double bound) {
     for (size_t i = 0; i < ORCD_COUNT(types); i++) {
         const q_traits *t = q_find(types[i]);
         fill_rows(t, N_COL);
-        double e = error_of(k, t, N_COL, ROWS);
+        double e = error_of(k, t, N_COL, ROWS, 1);
         if (!(e <= bound))
             fail_msg("%s: error %.2e of %.2e", t->name, e, bound);
     }
@@ -105,7 +107,7 @@ static void check_tails(const cpu_kernels *k, double bound) {
         const q_traits *t = q_find(short_types[i]);
         for (int n_col = t->block_len == 1 ? 1 : 32; n_col <= 160; n_col += t->block_len == 1 ? 53 : 64) {
             fill_rows(t, n_col);
-            double e = error_of(k, t, n_col, 5); /* lanes past the last row are zero */
+            double e = error_of(k, t, n_col, 5, 1); /* lanes past the last row are zero */
             if (!(e <= bound))
                 fail_msg("%s, %d columns: error %.2e of %.2e", t->name, n_col, e, bound);
         }
@@ -128,7 +130,7 @@ static void check_exponents(const cpu_kernels *k, double bound) {
             if (b % 7 == 0)
                 memset(block + 1, 0, 16);
         }
-        double e = error_of(k, t, N_COL, ROWS);
+        double e = error_of(k, t, N_COL, ROWS, 1);
         if (!(e <= bound))
             fail_msg("exponents %d apart: error %.2e of %.2e", apart, e, bound);
     }
@@ -169,10 +171,12 @@ static void test_amx_has_the_bits_of_avx512(void **state) {
         for (size_t i = 0; i < ORCD_COUNT(tile_types); i++) {
             const q_traits *t = q_find(tile_types[i]);
             fill_rows(t, N_COL);
-            error_of(cpu_kernels_for(CPU_AVX512, few_bits), t, N_COL, ROWS);
+            error_of(cpu_kernels_for(CPU_AVX512, few_bits), t, N_COL, ROWS, 1);
             memcpy(want, f.y, sizeof want);
-            error_of(cpu_kernels_for(CPU_AMX, few_bits), t, N_COL, ROWS);
-            assert_memory_equal(f.y, want, sizeof want);
+            for (int step = 1; step < 4; step++) {
+                error_of(cpu_kernels_for(CPU_AMX, few_bits), t, N_COL, ROWS, step);
+                assert_memory_equal(f.y, want, sizeof want);
+            }
         }
 #endif
 }

@@ -35,34 +35,46 @@ typedef struct stage {
     int32_t sum[2][2][ROWS][16] __attribute__((aligned(64))); /* by block of 32 columns, and plane */
 } stage __attribute__((aligned(64)));
 
+/* Up to sixteen rows; those past the last repeat it, and nobody looks at their sums. */
 typedef struct rows {
-    const void *const *x;
-    int n; /* 1..16; rows past them repeat the last, and nobody looks at their sums */
+    const uint8_t *at[ROWS];
+    int n;
     int64_t n64;
+    ptrdiff_t stride; /* from each row to the next; 0: they lie anyhow, and tiles need copies of them */
 } rows;
 
-INLINE const uint8_t *row_of(const rows *r, int t) { return r->x[t < r->n ? t : r->n - 1]; }
+static void find_rows(const void *const *x, int n, int64_t n64, rows *r) {
+    r->n = n < ROWS ? n : ROWS;
+    r->n64 = n64;
+    for (int t = 0; t < ROWS; t++)
+        r->at[t] = x[t < r->n ? t : r->n - 1];
+    r->stride = r->at[1] - r->at[0];
+    for (int t = 1; t < ROWS; t++)
+        r->stride = r->at[t] - r->at[t - 1] == r->stride ? r->stride : 0;
+}
 
 INLINE void gather(stage *s, const rows *r, int64_t b, const int planes) {
     UNROLL for (int t = 0; t < ROWS; t++) {
-        const uint8_t *row = row_of(r, t) + b * 64;
-        _mm512_store_si512(s->act[0][t], _mm512_loadu_si512(row));
+        _mm512_store_si512(s->act[0][t], _mm512_loadu_si512(r->at[t] + b * 64));
         if (planes == 2)
-            _mm512_store_si512(s->act[1][t], _mm512_loadu_si512(row + r->n64 * 64));
+            _mm512_store_si512(s->act[1][t], _mm512_loadu_si512(r->at[t] + (r->n64 + b) * 64));
     }
 }
 
 /* w: 64 columns of unsigned bytes. */
-INLINE void multiply(stage *s, const uint8_t *w, const bool by32, const int planes) {
+INLINE void multiply(stage *s, const rows *r, int64_t b, const uint8_t *w, const bool by32, const int planes) {
+    const uint8_t *high = r->stride ? r->at[0] + b * 64 : s->act[0][0];
+    const uint8_t *low = r->stride ? r->at[0] + (r->n64 + b) * 64 : s->act[1][0];
+    ptrdiff_t stride = r->stride ? r->stride : 64;
     USED(s);
     UNROLL for (int h = 0; h <= by32; h++) {
         _tile_zero(SUM_HIGH);
         _tile_loadd(WEIGHTS, w + h * 512, 64);
-        _tile_loadd(ACTS_HIGH, s->act[0][0] + h * 32, 64);
+        _tile_loadd(ACTS_HIGH, high + h * 32, stride);
         _tile_dpbsud(SUM_HIGH, ACTS_HIGH, WEIGHTS);
         if (planes == 2) {
             _tile_zero(SUM_LOW);
-            _tile_loadd(ACTS_LOW, s->act[1][0] + h * 32, 64);
+            _tile_loadd(ACTS_LOW, low + h * 32, stride);
             _tile_dpbsud(SUM_LOW, ACTS_LOW, WEIGHTS);
             _tile_stored(SUM_LOW, s->sum[h][1], 64);
         }
@@ -85,7 +97,7 @@ INLINE void scale(const stage *s, const rows *r, int64_t b, const uint8_t *head,
     __m512 w0 = by32 ? _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)head)) : _mm512_loadu_ps(head);
     __m512 w1 = by32 ? _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(head + 32))) : w0;
     UNROLL for (int t = 0; t < ROWS; t++) {
-        const uint8_t *row = row_of(r, t);
+        const uint8_t *row = r->at[t];
         __m512 x = _mm512_set1_ps(cpu_q_scale(row, r->n64)[b]);
         if (by32) {
             const int32_t *offset = cpu_q_c32(row, r->n64) + b * 2;
@@ -104,12 +116,13 @@ INLINE void sixteen(const uint8_t *w, const rows *r, float *y, const bool by32, 
     stage s[2];
     __m512 f[ROWS];
     UNROLL for (int t = 0; t < ROWS; t++) f[t] = _mm512_setzero_ps();
-    gather(&s[0], r, 0, planes);
+    if (!r->stride)
+        gather(&s[0], r, 0, planes);
     for (int64_t b = 0; b <= r->n64; b++, w += 1088) {
-        if (b + 1 < r->n64)
+        if (b + 1 < r->n64 && !r->stride)
             gather(&s[(b + 1) % 2], r, b + 1, planes);
         if (b < r->n64)
-            multiply(&s[b % 2], w + 64, by32, planes);
+            multiply(&s[b % 2], r, b, w + 64, by32, planes);
         if (b > 0)
             scale(&s[(b - 1) % 2], r, b - 1, w - 1088, by32, planes, f);
     }
@@ -122,7 +135,8 @@ INLINE int many(const uint8_t *w, int64_t n64, const void *const *x, int n, floa
     int at = 0;
     configure(by32);
     while (n - at >= WORTH) {
-        rows r = {x + at, n - at < ROWS ? n - at : ROWS, n64};
+        rows r;
+        find_rows(x + at, n - at, n64, &r);
         sixteen(w, &r, y + at * 16, by32, planes);
         at += r.n;
     }
