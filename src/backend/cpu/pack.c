@@ -183,54 +183,60 @@ static void pack_i8(const q_traits *src, blocks b, int64_t n_col, uint8_t *panel
     }
 }
 
-/* A row's two blocks of MXFP4: common exponent and shifts; *v becomes zero where nothing is left. Returns the head. */
-static inline uint16_t mx4_row(const uint8_t *b0, const uint8_t *b1, __m128i *v0, __m128i *v1, uint8_t *wide) {
-    const __m128i digits = _mm_set1_epi8(0x77), zero = _mm_setzero_si128();
-    *v0 = _mm_loadu_si128((const __m128i *)(const void *)(b0 + 1));
-    *v1 = _mm_loadu_si128((const __m128i *)(const void *)(b1 + 1));
-    int e0 = b0[0], e1 = b1[0];
-    /* nothing there, or below the smallest normal float */
-    bool no0 = e0 < 2 || _mm_movemask_epi8(_mm_cmpeq_epi8(_mm_and_si128(*v0, digits), zero)) == 0xffff;
-    bool no1 = e1 < 2 || _mm_movemask_epi8(_mm_cmpeq_epi8(_mm_and_si128(*v1, digits), zero)) == 0xffff;
+static inline __m128i either(__m128i mask, __m128i yes, __m128i no) {
+    return _mm_or_si128(_mm_and_si128(mask, yes), _mm_andnot_si128(mask, no));
+}
+
+/* Two blocks of MXFP4 in rows 4q .. 4q + 3: their common exponents and shifts. *none[h]: rows that have nothing left in
+ * block h. */
+static inline __m128i mx4_heads(const words *w, const uint8_t (*e)[CPU_PANEL], int q, __m128i *none) {
+    const __m128i zero = _mm_setzero_si128(), digits = _mm_set1_epi8(0x77), two = _mm_set1_epi32(2);
+    __m128i ex[2], far = _mm_set1_epi32(15);
+    UNROLL for (int h = 0; h < 2; h++) {
+        int32_t four;
+        memcpy(&four, e[h] + q * 4, 4);
+        ex[h] = _mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(four), zero), zero);
+        __m128i any = _mm_or_si128(_mm_or_si128(w[h].w[0][q], w[h].w[1][q]), _mm_or_si128(w[h].w[2][q], w[h].w[3][q]));
+        /* nothing there, or below the smallest normal float */
+        none[h] = _mm_or_si128(_mm_cmpeq_epi32(_mm_and_si128(any, digits), zero), _mm_cmplt_epi32(ex[h], two));
+    }
     /* more than 15 apart: the smaller is below the rounding of the larger */
-    no0 |= !no1 && e1 - e0 > 15;
-    no1 |= !no0 && e0 - e1 > 15;
-    if (no0) {
-        *v0 = zero;
-        e0 = no1 ? 2 : e1;
-    }
-    if (no1) {
-        *v1 = zero;
-        e1 = e0;
-    }
-    int base = e0 < e1 ? e0 : e1;
-    *wide |= e0 - base > 3 || e1 - base > 3;
-    return (uint16_t)(base << 8 | (e1 - base) << 4 | (e0 - base));
+    __m128i apart = _mm_sub_epi32(ex[1], ex[0]);
+    none[0] = _mm_or_si128(none[0], _mm_andnot_si128(none[1], _mm_cmpgt_epi32(apart, far)));
+    apart = _mm_sub_epi32(zero, apart);
+    none[1] = _mm_or_si128(none[1], _mm_andnot_si128(none[0], _mm_cmpgt_epi32(apart, far)));
+    ex[0] = either(none[0], either(none[1], two, ex[1]), ex[0]);
+    ex[1] = either(none[1], ex[0], ex[1]);
+    __m128i base = _mm_min_epi16(ex[0], ex[1]);
+    __m128i shifts = _mm_or_si128(_mm_slli_epi32(_mm_sub_epi32(ex[1], base), 4), _mm_sub_epi32(ex[0], base));
+    return _mm_or_si128(_mm_slli_epi32(base, 8), shifts);
 }
 
 static void pack_mx4(blocks b, int64_t n_col, uint8_t *panel) {
     int64_t n64 = cpu_n64(n_col);
-    uint8_t *head = panel, *p = panel + cpu_mx4_head(n64), wide = 0;
-    for (int64_t i = 0; i < n64; i++, head += 32) {
-        __m128i row[2][CPU_PANEL];
-        blocks first = b;
-        next_block(&b);
-        if (i * 64 + 32 >= n_col)
-            b = first_blocks(NULL, 0, 0, 0);
-        for (int r = 0; r < CPU_PANEL; r++) {
-            uint16_t h = mx4_row(first.at[r], b.at[r], &row[0][r], &row[1][r], &wide);
-            memcpy(head + r * 2, &h, 2);
+    uint8_t *head = panel, *p = panel + cpu_mx4_head(n64), e[2][CPU_PANEL];
+    __m128i wide = _mm_setzero_si128();
+    for (int64_t i = 0; i < n64; i++, head += 32, p += 512) {
+        words w[2];
+        for (int h = 0; h < 2; h++, next_block(&b)) {
+            if (i * 64 + h * 32 >= n_col)
+                b = first_blocks(NULL, 0, 0, 0);
+            for (int r = 0; r < CPU_PANEL; r++)
+                e[h][r] = b.at[r][0];
+            load_words(&b, 1, &w[h]);
         }
-        next_block(&b);
-        for (int half = 0; half < 2; half++, p += 256) {
-            words w;
-            transpose(row[half], &w);
-            for (int j = 0; j < 4; j++)
-                put_pair(p + j * 64, &w, j % 2 * 2, j >= 2);
+        UNROLL for (int q = 0; q < 4; q++) {
+            __m128i none[2], v = mx4_heads(w, e, q, none);
+            wide = _mm_or_si128(wide, _mm_and_si128(v, _mm_set1_epi32(0xcc))); /* a shift above 3 */
+            v = _mm_srai_epi32(_mm_slli_epi32(v, 16), 16);                     /* so that packing keeps the bits */
+            _mm_storel_epi64((__m128i *)(void *)(head + q * 8), _mm_packs_epi32(v, v));
+            UNROLL for (int k = 0; k < 8; k++) w[k / 4].w[k % 4][q] =
+                _mm_andnot_si128(none[k / 4], w[k / 4].w[k % 4][q]);
         }
+        UNROLL for (int j = 0; j < 8; j++) put_pair(p + j * 64, &w[j / 4], j % 2 * 2, j % 4 >= 2);
     }
     memset(head, 0, (size_t)(panel + cpu_mx4_head(n64) - head));
-    *head = wide;
+    *head = _mm_movemask_epi8(_mm_cmpeq_epi32(wide, _mm_setzero_si128())) != 0xffff;
 }
 
 /* 16 columns of a block of 32, from the low or the high nibbles of their bytes. */
