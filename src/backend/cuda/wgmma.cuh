@@ -45,6 +45,7 @@ static __device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (
 #define WG_R8(i)                                                                                                       \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
         "+f"(d[i + 7])
+#define WG_R4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WG_S0 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define WG_S1 WG_S0 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define WG_S2 WG_S1 ",%16,%17,%18,%19,%20,%21,%22,%23"
@@ -58,14 +59,17 @@ static __device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (
                      : __VA_ARGS__                                                                                     \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(keep));                              \
     }
+WG_DEFINE(8, "%0,%1,%2,%3", "4", "5", "6", "7", "8", "9", WG_R4(0))
 WG_DEFINE(16, WG_S0, "8", "9", "10", "11", "12", "13", WG_R8(0))
+WG_DEFINE(24, WG_S0 ",%8,%9,%10,%11", "12", "13", "14", "15", "16", "17", WG_R8(0), WG_R4(8))
 WG_DEFINE(32, WG_S1, "16", "17", "18", "19", "20", "21", WG_R8(0), WG_R8(8))
+WG_DEFINE(40, WG_S1 ",%16,%17,%18,%19", "20", "21", "22", "23", "24", "25", WG_R8(0), WG_R8(8), WG_R4(16))
 WG_DEFINE(48, WG_S2, "24", "25", "26", "27", "28", "29", WG_R8(0), WG_R8(8), WG_R8(16))
-WG_DEFINE(56, WG_S2 ",%24,%25,%26,%27", "28", "29", "30", "31", "32", "33", WG_R8(0), WG_R8(8), WG_R8(16), "+f"(d[24]),
-          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]))
+WG_DEFINE(56, WG_S2 ",%24,%25,%26,%27", "28", "29", "30", "31", "32", "33", WG_R8(0), WG_R8(8), WG_R8(16), WG_R4(24))
 WG_DEFINE(64, WG_S3, "32", "33", "34", "35", "36", "37", WG_R8(0), WG_R8(8), WG_R8(16), WG_R8(24))
 #undef WG_DEFINE
 #undef WG_R8
+#undef WG_R4
 #undef WG_S0
 #undef WG_S1
 #undef WG_S2

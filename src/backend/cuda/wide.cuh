@@ -107,11 +107,11 @@ static __device__ __forceinline__ void wide_scale(float (&acc)[R], const float (
 }
 
 /* A segment is over. */
-template <int R> static __device__ __forceinline__ void wide_add(float (&total)[2][R], float (&acc)[2][R]) {
+template <int R> static __device__ __forceinline__ void wide_add(float *total, float (&acc)[R]) {
 #pragma unroll
-    for (int i = 0; i < 2 * R; i++) {
-        total[i / R][i % R] += acc[i / R][i % R];
-        acc[i / R][i % R] = 0;
+    for (int i = 0; i < R; i++) {
+        total[i] += acc[i];
+        acc[i] = 0;
     }
 }
 
@@ -238,10 +238,10 @@ template <class F, int N> struct wide_kind<F, N, false> { using sum = wide_plain
 /* Sums of an item, segments in ascending order. */
 template <class F, int N>
 static __device__ __forceinline__ void wide_sum(const wide_args &a, wide_ring &r, int group, int lane,
-                                                float (&total)[2][N / 2]) {
+                                                float (&total)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++)
-        total[i / (N / 2)][i % (N / 2)] = 0;
+        total[i] = 0;
     typename wide_kind<F, N>::sum sum(r, group * 4 + threadIdx.x / 32 % 4, lane);
     sum.open();
     for (int u = 0, left = 0; u < a.l.n_unit;) {
@@ -257,17 +257,18 @@ static __device__ __forceinline__ void wide_sum(const wide_args &a, wide_ring &r
             sum.template run<2>(first, u < a.l.n_unit);
         else
             sum.template run<1>(first, u < a.l.n_unit);
-        if (left == 0)
-            wide_add(total, sum.acc);
+        if (left == 0) {
+            wide_add(total, sum.acc[0]);
+            wide_add(total + N / 2, sum.acc[1]);
+        }
     }
 }
 
-/* Results of DENSE and DOWN: rows g and g + 8 of a tile. What is read is read for eight columns at once. */
+/* Results of DENSE and DOWN: rows g and g + 8 of a tile, N columns. What is read is read for eight columns at once. */
 template <lin_mode MODE, int N>
-static __device__ __forceinline__ void wide_put(const wide_args &a, const lin_cols &c, int tile, int lane,
-                                                const float (&total)[2][N / 2]) {
+static __device__ __forceinline__ void wide_put(const lin_args &l, const lin_cols &c, int tile, int lane,
+                                                const float (&total)[N / 2]) {
     const int g = lane >> 2, t = lane & 3;
-    const lin_args &l = a.l;
     const int row[2] = {lin_row(l, tile, g), lin_row(l, tile, g + 8)};
     const bool there[2] = {tile < l.n_tile && row[0] < l.n_row, tile < l.n_tile && row[1] < l.n_row};
     float bias[2] = {0, 0};
@@ -276,40 +277,42 @@ static __device__ __forceinline__ void wide_put(const wide_args &a, const lin_co
         if (l.bias && there[q])
             bias[q] = l.bias[c.mat * l.bias_mat + l.row0 + row[q]];
 #pragma unroll
-    for (int i0 = 0; i0 < N / 4; i0 += 4) {
-        int64_t to[8]; /* -1: no such column */
-        float v[8][2];
+    for (int i0 = 0; i0 < N / 8; i0 += 4) {
+        constexpr int MOST = N / 8 < 4 ? N / 8 : 4;
+        const int n = N / 8 - i0 < MOST ? N / 8 - i0 : MOST; /* known when the loop is unrolled */
+        int64_t to[2 * MOST];                                /* -1: no such column */
+        float v[2 * MOST][2];
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
+        for (int j = 0; j < 2 * n; j++) {
             const int col = (i0 + j / 2) * 8 + 2 * t + j % 2;
             to[j] = col >= c.n ? -1 : MODE == LIN_DOWN ? l.perm[c.first + col] : c.first + col;
         }
 #pragma unroll
-        for (int j = 0; j < 8; j++)
+        for (int j = 0; j < 2 * n; j++)
 #pragma unroll
             for (int q = 0; q < 2; q++) {
                 const int i = i0 + j / 2;
-                v[j][q] = __fmul_rn(total[i / (N / 8)][i % (N / 8) * 4 + 2 * q + j % 2], l.factor);
+                v[j][q] = __fmul_rn(total[i * 4 + 2 * q + j % 2], l.factor);
                 if (l.bias)
                     v[j][q] += bias[q];
             }
         if (MODE == LIN_DENSE && l.epilogue == BE_EPI_ADD) {
-            float old[8][2];
+            float old[2 * MOST][2];
 #pragma unroll
-            for (int j = 0; j < 16; j++)
+            for (int j = 0; j < 4 * n; j++)
                 if (to[j / 2] >= 0 && there[j % 2])
                     old[j / 2][j % 2] = l.y[to[j / 2] * l.ldy + l.row0 + row[j % 2]];
 #pragma unroll
-            for (int j = 0; j < 16; j++)
+            for (int j = 0; j < 4 * n; j++)
                 v[j / 2][j % 2] = old[j / 2][j % 2] + v[j / 2][j % 2];
         } else if (MODE == LIN_DENSE && l.epilogue != BE_EPI_NONE) {
 #pragma unroll
-            for (int j = 0; j < 16; j++)
+            for (int j = 0; j < 4 * n; j++)
                 v[j / 2][j % 2] =
                     l.epilogue == BE_EPI_GELU_TANH ? gelu_tanh(v[j / 2][j % 2]) : gelu_erf(v[j / 2][j % 2]);
         }
 #pragma unroll
-        for (int j = 0; j < 16; j++)
+        for (int j = 0; j < 4 * n; j++)
             if (to[j / 2] >= 0 && there[j % 2]) {
                 l.y[to[j / 2] * l.ldy + l.row0 + row[j % 2]] = v[j / 2][j % 2];
                 if (MODE == LIN_DENSE && l.yh)
@@ -322,7 +325,7 @@ static __device__ __forceinline__ void wide_put(const wide_args &a, const lin_co
  * of neighbouring rows exchange, so that each stores two of one activation row. */
 template <int N>
 static __device__ __forceinline__ void wide_put_glu(const wide_args &a, const lin_cols &c, int tile, int lane,
-                                                    const float (&total)[2][N / 2]) {
+                                                    const float (&total)[N]) {
     const int g = lane >> 2, t = lane & 3, ff = tile * 8 + g, odd = g & 1;
     const lin_args &l = a.l;
     const bool there = ff < l.n_row;
@@ -334,8 +337,8 @@ static __device__ __forceinline__ void wide_put_glu(const wide_args &a, const li
         float v[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            float gate = __fmul_rn(total[i / (N / 8)][i % (N / 8) * 4 + e], l.factor);
-            float up = __fmul_rn(total[i / (N / 8)][i % (N / 8) * 4 + 2 + e], l.factor);
+            float gate = __fmul_rn(total[i * 4 + e], l.factor);
+            float up = __fmul_rn(total[i * 4 + 2 + e], l.factor);
             if (l.bias) {
                 gate += bg;
                 up += bu;
@@ -353,13 +356,13 @@ static __device__ __forceinline__ void wide_put_glu(const wide_args &a, const li
 template <class F, lin_mode MODE, int N>
 static __device__ __forceinline__ void wide_item(const wide_args &a, const lin_cols &c, int tile0, wide_ring &r,
                                                  int group, int lane) {
-    float total[2][N / 2];
+    float total[N];
     wide_sum<F, N>(a, r, group, lane, total);
     const int tile = tile0 + group * 4 + threadIdx.x / 32 % 4;
     if constexpr (MODE == LIN_GATE_UP)
         wide_put_glu<N>(a, c, tile, lane, total);
     else
-        wide_put<MODE, N>(a, c, tile, lane, total);
+        wide_put<MODE, 2 * N>(a.l, c, tile, lane, total);
 }
 #endif
 
@@ -402,14 +405,21 @@ static __global__ __launch_bounds__(WIDE_THREADS, 1) void wide_kernel(const __gr
         for (int item = blockIdx.x; item < total; item += gridDim.x) {
             const lin_cols c = lin_columns<MODE>(a.l, a.cols, item / n_m);
             const int tile0 = item % n_m * WIDE_TILES;
-            if (c.n > 96)
-                wide_item<F, MODE, 64>(a, c, tile0, r, role, lane);
-            else if (c.n > 64)
-                wide_item<F, MODE, 48>(a, c, tile0, r, role, lane);
-            else if (c.n > 32)
-                wide_item<F, MODE, 32>(a, c, tile0, r, role, lane);
-            else
-                wide_item<F, MODE, 16>(a, c, tile0, r, role, lane);
+            const int half = max((c.n + 15) / 16 * 8, 16);
+#define WIDE_CASE(N)                                                                                                   \
+    if constexpr (F::SCALED || N % 16 == 0)                                                                            \
+        if (half <= N) {                                                                                               \
+            wide_item<F, MODE, N>(a, c, tile0, r, role, lane);                                                         \
+            continue;                                                                                                  \
+        }
+            WIDE_CASE(16)
+            WIDE_CASE(24)
+            WIDE_CASE(32)
+            WIDE_CASE(40)
+            WIDE_CASE(48)
+            WIDE_CASE(56)
+            WIDE_CASE(64)
+#undef WIDE_CASE
         }
     }
 #else
