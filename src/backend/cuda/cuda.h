@@ -209,10 +209,11 @@ struct cuda_staging { /* pinned; free again once `done` has passed */
 
 #define CUDA_SAMPLE_PARTS 64
 #define CUDA_MAX_EXPERT 1024
-#define CUDA_ROUTE_ROWS 128 /* steps of more rows route several rows a block where cuda_routes_many */
+#define CUDA_ROUTE_ROWS 64 /* steps of more rows route several rows a block where cuda_routes_many */
 #define CUDA_ROUTE_EXPERTS 128
+#define CUDA_ROUTE_MOST 3200
 static inline bool cuda_routes_many(int64_t n_embd, int64_t n_expert) {
-    return n_expert <= CUDA_ROUTE_EXPERTS && n_embd <= 3200;
+    return n_expert <= CUDA_ROUTE_EXPERTS && n_embd <= CUDA_ROUTE_MOST && n_embd % 4 == 0;
 }
 struct cuda_scratch { /* shared by all operations of a step, sized by the largest */
     uint16_t *hidden; /* [pairs][ff rounded up to 64] f16, rows in expert order */

@@ -218,75 +218,122 @@ static __global__ __launch_bounds__(ROW_THREADS) void norm_route_kernel(route_ar
         choose(logit, a.n_expert, a.k, a.id + (int64_t)row * a.k, a.weight + (int64_t)row * a.k);
 }
 
-/* The same for ROUTE_ROWS rows a block, a lane an expert: the sums of norm_route_kernel in their order, without its
- * shuffles, and weights read once for all rows. */
-#define ROUTE_ROWS 8
+/* A row's scale from its 16 warps' sums of squares. */
+static __device__ __forceinline__ float many_scale(const float4 (&part)[4], int n, float eps) {
+    float s = 0;
+#pragma unroll
+    for (int w = 0; w < 4; w++)
+        s = w ? s + part[w].x + part[w].y + part[w].z + part[w].w : part[w].x + part[w].y + part[w].z + part[w].w;
+    return rms_scale(s, n, eps);
+}
 
-static __global__ __launch_bounds__(ROW_THREADS) void norm_route_many_kernel(route_args a) {
-    extern __shared__ float4 many_rows[]; /* [ROUTE_ROWS][n rounded up to 16] */
-    __shared__ float part[ROUTE_ROWS][16], sums[16][ROUTE_ROWS][32], logit[ROUTE_ROWS][CUDA_ROUTE_EXPERTS];
+/* Expert e's sums of the warp's tiles for R rows: to[row][lane]. */
+template <int R>
+static __device__ __forceinline__ void many_tiles(const route_args &a, const float *xs, int e, float (*to)[32]) {
+    constexpr int AHEAD = 3; /* tiles on their way at once */
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_tile = (a.n + 15) / 16;
+    float t[R] = {0};
+    for (int i0 = warp; i0 < n_tile; i0 += 16 * AHEAD) {
+        float4 w[AHEAD][4];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+#pragma unroll
+            for (int q = 0; q < 4; q++)
+                w[j][q] =
+                    __ldg((const float4 *)a.router + ((int64_t)min(i0 + 16 * j, n_tile - 1) * 4 + q) * a.n_expert + e);
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            if (i0 + 16 * j < n_tile)
+#pragma unroll
+                for (int r = 0; r < R; r++)
+                    t[r] += route_tile(w[j], xs + (r * n_tile + i0 + 16 * j) * 16);
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++)
+        to[r][lane] = t[r];
+}
+
+/* The same for R rows a block, a lane an expert: the sums of norm_route_kernel in their order, without its shuffles,
+ * and weights read once for all rows. */
+template <int R> static __global__ __launch_bounds__(ROW_THREADS, 1) void norm_route_many_kernel(route_args a) {
+    constexpr int QUADS = CUDA_ROUTE_MOST / 4 / ROW_THREADS + 1; /* of a thread in a row */
+    extern __shared__ float4 many_rows[];                        /* [R][n rounded up to 16] */
+    __shared__ float4 part[R][4];
+    __shared__ float sums[16][R][32], logit[R][CUDA_ROUTE_EXPERTS];
+    const int n = a.n, n_quad = n / 4, n_tile = (n + 15) / 16, row0 = blockIdx.x * R;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     pdl_launch();
     pdl_wait();
-    const int n = a.n, n_expert = a.n_expert, n_tile = (n + 15) / 16, row0 = blockIdx.x * ROUTE_ROWS;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_row = min(ROUTE_ROWS, count_rows(a.rows) - row0);
-    float *xs = (float *)many_rows;
+    const int n_row = min(R, count_rows(a.rows) - row0);
     if (n_row <= 0)
         return;
-    for (int r = 0; r < ROUTE_ROWS; r++) {
-        const float *src = a.x + (int64_t)(row0 + r) * n;
+    float4 v[R][QUADS];
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int j = 0; j < QUADS; j++) {
+            const int at = threadIdx.x + j * ROW_THREADS;
+            v[r][j] = r < n_row && at < n_quad ? __ldcg((const float4 *)(a.x + (int64_t)(row0 + r) * n) + at)
+                                               : make_float4(0, 0, 0, 0);
+        }
+#pragma unroll
+    for (int r = 0; r < R; r++) {
         float s = 0;
-        for (int i = 4 * threadIdx.x; i < n_tile * 16; i += 4 * ROW_THREADS) {
-            float4 v = make_float4(0, 0, 0, 0);
-            if (r < n_row && i + 3 < n && n % 4 == 0)
-                v = *(const float4 *)(src + i);
-            else if (r < n_row)
-                v = make_float4(i < n ? src[i] : 0.f, i + 1 < n ? src[i + 1] : 0.f, i + 2 < n ? src[i + 2] : 0.f,
-                                i + 3 < n ? src[i + 3] : 0.f);
-            *(float4 *)(xs + r * n_tile * 16 + i) = v;
-            s = sum_sq4(v, s);
+#pragma unroll
+        for (int j = 0; j < QUADS; j++) {
+            const int at = threadIdx.x + j * ROW_THREADS;
+            if (at < n_tile * 4)
+                many_rows[r * n_tile * 4 + at] = v[r][j];
+            s = sum_sq4(v[r][j], s);
         }
         s = warp_sum(s);
         if (lane == 0)
-            part[r][warp] = s;
+            ((float *)part[r])[warp] = s;
     }
     __syncthreads();
-    for (int r = 0; r < n_row; r++) {
-        float s = part[r][0];
+    float rs[R];
 #pragma unroll
-        for (int w = 1; w < ROW_THREADS / 32; w++)
-            s += part[r][w];
-        const float rs = rms_scale(s, n, a.eps);
-        for (int i = threadIdx.x; i < n; i += ROW_THREADS)
-            a.y[(row0 + r) * a.ld + i] = f16_bits(__fmul_rn(__fmul_rn(xs[r * n_tile * 16 + i], rs), a.gain[i]));
-    }
-    for (int e0 = 0; e0 < n_expert; e0 += 32) {
-        const int e = min(e0 + lane, n_expert - 1);
-        float t[ROUTE_ROWS] = {0};
-        for (int i = warp; i < n_tile; i += 16) {
-            const float4 *src = (const float4 *)a.router + (int64_t)i * 4 * n_expert + e;
-            const float4 w[4] = {src[0], src[n_expert], src[2 * n_expert], src[3 * n_expert]};
+    for (int r = 0; r < R; r++)
+        rs[r] = many_scale(part[r], n, a.eps);
 #pragma unroll
-            for (int r = 0; r < ROUTE_ROWS; r++)
-                t[r] += route_tile(w, xs + (r * n_tile + i) * 16);
-        }
+    for (int j = 0; j < QUADS; j++) {
+        const int at = threadIdx.x + j * ROW_THREADS;
+        if (at >= n_quad)
+            break;
+        const float4 g = ((const float4 *)a.gain)[at];
 #pragma unroll
-        for (int r = 0; r < ROUTE_ROWS; r++)
-            sums[warp][r][lane] = t[r];
-        __syncthreads();
-        if (warp < ROUTE_ROWS && e0 + lane < n_expert) {
-            float s = part[warp][0], sum = sums[0][warp][lane];
-#pragma unroll
-            for (int w = 1; w < 16; w++) {
-                s += part[warp][w];
-                sum += sums[w][warp][lane];
+        for (int r = 0; r < R; r++)
+            if (r < n_row) {
+                const float4 x = v[r][j];
+                *(uint2 *)(a.y + (row0 + r) * a.ld + 4 * at) =
+                    make_uint2(f16x2(__fmul_rn(__fmul_rn(x.x, rs[r]), g.x), __fmul_rn(__fmul_rn(x.y, rs[r]), g.y)),
+                               f16x2(__fmul_rn(__fmul_rn(x.z, rs[r]), g.z), __fmul_rn(__fmul_rn(x.w, rs[r]), g.w)));
             }
-            logit[warp][e] = fmaf(sum, rms_scale(s, n, a.eps), a.bias ? a.bias[e] : 0.f);
+    }
+    for (int e0 = 0; e0 < a.n_expert; e0 += 32) {
+        many_tiles<R>(a, (const float *)many_rows, min(e0 + lane, a.n_expert - 1), sums[warp]);
+        __syncthreads();
+        if (warp < R && e0 + lane < a.n_expert) {
+            float sum = sums[0][warp][lane];
+#pragma unroll
+            for (int w = 1; w < 16; w++)
+                sum += sums[w][warp][lane];
+            const int e = e0 + lane;
+            logit[warp][e] = fmaf(sum, many_scale(part[warp], n, a.eps), a.bias ? a.bias[e] : 0.f);
         }
         __syncthreads();
     }
     if (warp < n_row)
-        choose(logit[warp], n_expert, a.k, a.id + (int64_t)(row0 + warp) * a.k,
+        choose(logit[warp], a.n_expert, a.k, a.id + (int64_t)(row0 + warp) * a.k,
                a.weight + (int64_t)(row0 + warp) * a.k);
+}
+
+template <int R> static void run_many_rows(cuda_run *r, const route_args &a) {
+    const size_t bytes = (size_t)round_up(a.n, 16) * 4 * R;
+    if (r->error == cudaSuccess)
+        r->error =
+            cudaFuncSetAttribute(norm_route_many_kernel<R>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    cuda_launch(r, norm_route_many_kernel<R>, dim3((unsigned)((a.rows.cap + R - 1) / R)), dim3(ROW_THREADS), bytes, a);
 }
 
 void cuda_run_moe(cuda_run *r, const cuda_cmd *c) {
@@ -296,17 +343,16 @@ void cuda_run_moe(cuda_run *r, const cuda_cmd *c) {
     const route_args a = {rows,     c->x->f32, c->w->dense,    c->w2->gained, c->w2->bias,
                           n,        n_expert,  c->k,           c->eps,        c->y->f16,
                           c->y->ld, c->z->id,  c->z->expert_w, s->route_part, s->route_arrived};
-    const size_t row = (size_t)round_up(n, 16) * 4;
     if (rows.cap <= CUDA_ROUTE_ROWS || !cuda_routes_many(n, n_expert)) {
         const unsigned parts = rows.cap <= 16 ? 8 : rows.cap <= 64 ? 2 : 1;
-        cuda_launch(r, norm_route_kernel, dim3((unsigned)rows.cap, parts), dim3(ROW_THREADS), row, a);
-        return;
-    }
-    if (r->error == cudaSuccess)
-        r->error = cudaFuncSetAttribute(norm_route_many_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        (int)row * ROUTE_ROWS);
-    cuda_launch(r, norm_route_many_kernel, dim3((unsigned)((rows.cap + ROUTE_ROWS - 1) / ROUTE_ROWS)),
-                dim3(ROW_THREADS), row * ROUTE_ROWS, a);
+        cuda_launch(r, norm_route_kernel, dim3((unsigned)rows.cap, parts), dim3(ROW_THREADS),
+                    (size_t)round_up(n, 16) * 4, a);
+    } else if (rows.cap <= 2 * r->dev->n_sm)
+        run_many_rows<2>(r, a);
+    else if (rows.cap <= 4 * r->dev->n_sm)
+        run_many_rows<4>(r, a);
+    else
+        run_many_rows<8>(r, a);
 }
 
 /* [tile of 16 columns][four columns][row][4] = weight times gain */
