@@ -1,8 +1,8 @@
 /* lab/prefill/prefill.cu: products of many rows, wgmma (wide.cuh) against mma.sync (linear.cuh): bits first, then time.
  *   nvcc -std=c++17 -O3 -Isrc -gencode=arch=compute_90a,code=sm_90a lab/prefill/prefill.cu src/backend/cuda/wide.cu \
- *        -o build/prefill && build/prefill [tokens...] */
+ *        -o build/prefill && build/prefill [tokens of 32 experts, +tokens of 128 experts ...] */
+#include "backend/cuda/mid.cuh"
 #include "backend/cuda/stream.cuh"
-#include "backend/cuda/wide.cuh"
 
 #include <algorithm>
 #include <math.h>
@@ -106,6 +106,30 @@ static int64_t differ(const void *a, const void *b, int64_t n, int size) {
 
 static const int EMBD = 2880, FF = 2880;
 
+struct mid_variant {
+    const char *name;
+    int most;
+    void (*gate_up)(cuda_run *, const lin_args &, int), (*down)(cuda_run *, const lin_args &, int);
+};
+#define MID(MOST, G)                                                                                                   \
+    {                                                                                                                  \
+#MOST " rows, " #G " groups", MOST, mid_launch < mid_plan < form_mxfp4, 3, 15, MOST, G>, LIN_GATE_UP>,         \
+            mid_launch < mid_plan < form_mxfp4, 3, 15, MOST, G>, LIN_DOWN>                                             \
+    }
+static const mid_variant mids[] = {MID(40, 4), MID(24, 4)};
+
+struct dense_variant {
+    const char *name;
+    int most, unit;
+    void (*run)(cuda_run *, const lin_args &, int);
+};
+#define DENSE(SEG, N_SEG, MOST, G)                                                                                     \
+    {                                                                                                                  \
+#MOST " rows, " #G " groups", MOST, SEG *N_SEG, mid_launch < mid_plan < form_q8_0, SEG, N_SEG, MOST, G>,       \
+            LIN_DENSE>                                                                                                 \
+    }
+static const dense_variant denses[] = {DENSE(3, 15, 40, 3), DENSE(4, 16, 24, 3)};
+
 static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, const float *bgu, const float *bdn,
                     int T, int E, int K) {
     std::vector<std::vector<int>> of((size_t)E);
@@ -122,12 +146,17 @@ static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, c
     }
     const int mean = (T * K + E - 1) / E, width = mean <= 5 ? 8 : mean <= 11 ? 16 : mean <= 48 ? STREAM_MAX_COLS : 64;
     std::vector<int32_t> perm;
-    std::vector<int4> wide, many;
+    std::vector<int4> wide, many, mid[6];
     for (int e = 0; e < E; e++) {
         const int c = (int)of[(size_t)e].size(), first = (int)perm.size(), nt = (c + WIDE_COLS - 1) / WIDE_COLS;
         const int per = nt ? ((c + nt - 1) / nt + 7) / 8 * 8 : 0;
         for (int i = 0; i < nt; i++)
             wide.push_back(make_int4(e, first + i * per, std::min(per, c - i * per), 0));
+        for (int q = 1; q < 6; q++) {
+            const int n = (c + q * 8 - 1) / (q * 8), each = n ? ((c + n - 1) / n + 7) / 8 * 8 : 0;
+            for (int i = 0; i < n; i++)
+                mid[q].push_back(make_int4(e, first + i * each, std::min(each, c - i * each), 0));
+        }
         for (int i = 0; i < c; i += width)
             many.push_back(make_int4(e, first + i, std::min(width, c - i), 0));
         for (int p : of[(size_t)e])
@@ -212,9 +241,9 @@ static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, c
     run_many_down();
     CK(r->error);
     CK(cudaDeviceSynchronize());
-    std::vector<uint16_t> hw((size_t)hunits * ldx * 64), hm((size_t)rows * FF);
+    std::vector<uint16_t> hw((size_t)std::max(hunits * ldx * 64, rows * FF)), hm((size_t)rows * FF);
     std::vector<float> y0((size_t)T * K * EMBD), y1 = y0;
-    CK(cudaMemcpy(hw.data(), h_wide, hw.size() * 2, cudaMemcpyDeviceToHost));
+    CK(cudaMemcpy(hw.data(), h_wide, (size_t)hunits * ldx * 128, cudaMemcpyDeviceToHost));
     CK(cudaMemcpy(hm.data(), h_many, hm.size() * 2, cudaMemcpyDeviceToHost));
     CK(cudaMemcpy(y0.data(), y[0], y0.size() * 4, cudaMemcpyDeviceToHost));
     CK(cudaMemcpy(y1.data(), y[1], y1.size() * 4, cudaMemcpyDeviceToHost));
@@ -247,11 +276,61 @@ static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, c
            "(%zu tiles)\n",
            pk * 1e3, wg * 1e3, 2 * fl / wg / 1e9, mg * 1e3, 2 * fl / mg / 1e9, wdn * 1e3, fl / wdn / 1e9, mdn * 1e3,
            fl / mdn / 1e9, wide.size());
+    uint16_t *h_mid;
+    int32_t *mcount;
+    CK(cudaMalloc(&h_mid, (size_t)rows * FF * 2));
+    CK(cudaMalloc(&mcount, 4));
+    for (const mid_variant &v : mids) {
+        if (mean > v.most || T > 2048)
+            continue;
+        const std::vector<int4> &list = mid[v.most / 8];
+        int4 *dlist = to_dev(list);
+        const int32_t n_list = (int32_t)list.size();
+        CK(cudaMemcpy(mcount, &n_list, 4, cudaMemcpyHostToDevice));
+        CK(cudaMemset(h_mid, 0xFF, (size_t)rows * FF * 2));
+        CK(cudaMemset(y[0], 0xFF, (size_t)T * K * EMBD * 4));
+        lin_args g = m, d = md;
+        lin_matrix(&g, &gu);
+        lin_matrix(&d, &dn);
+        g.tile = d.tile = dlist;
+        g.n_tiles = d.n_tiles = mcount;
+        g.yh = h_mid;
+        d.x = h_mid;
+        d.y = y[0];
+        auto run_gate_up = [&] { v.gate_up(r, g, 0); };
+        auto run_down = [&] { v.down(r, d, 0); };
+        run_gate_up();
+        run_down();
+        CK(r->error);
+        CK(cudaDeviceSynchronize());
+        CK(cudaMemcpy(hw.data(), h_mid, hm.size() * 2, cudaMemcpyDeviceToHost));
+        CK(cudaMemcpy(y0.data(), y[0], y0.size() * 4, cudaMemcpyDeviceToHost));
+        int64_t wrong = 0;
+        for (int64_t i = 0; i < rows; i++)
+            for (int f = 0; perm[(size_t)i] >= 0 && f < FF; f++)
+                wrong += hw[(size_t)(i * FF + f)] != hm[(size_t)(i * FF + f)];
+        const int64_t wrong_down = differ(y0.data(), y1.data(), (int64_t)y0.size(), 4);
+        const float tg = t.ms(run_gate_up, reps), td = t.ms(run_down, reps);
+        CK(r->error);
+        printf("  mid %s (%d tiles): gate_up %.1f us, down %.1f us; %lld, %lld differ\n", v.name, n_list, tg * 1e3,
+               td * 1e3, (long long)wrong, (long long)wrong_down);
+        cudaFree(dlist);
+    }
+    cudaFree(h_mid), cudaFree(mcount);
     cudaFree(dx), cudaFree(h_many), cudaFree(h_wide), cudaFree(dperm), cudaFree(dcount), cudaFree(dwide);
     cudaFree(dmany), cudaFree(px), cudaFree(y[0]), cudaFree(y[1]);
 }
 
+/* m: N_COPY matrices alike, taken in turn, so that the weights come from memory. */
+#define N_COPY 8
 static void dense(cuda_run *r, const char *name, const cuda_matrix &m, const float *bias, int epilogue, int T) {
+    cuda_matrix of[N_COPY];
+    int turn = 0;
+    for (int i = 0; i < N_COPY; i++) {
+        of[i] = m;
+        of[i].data += (int64_t)i * m.n_tile * m.n_unit * m.chunk_bytes;
+    }
+    auto next = [&] { return &of[turn = (turn + 1) % N_COPY]; };
     const int64_t ld = (int64_t)m.n_unit * 64, ldx = (T + 7) / 8 * 8;
     std::vector<uint16_t> x((size_t)(T * ld));
     for (uint16_t &v : x) {
@@ -281,15 +360,16 @@ static void dense(cuda_run *r, const char *name, const cuda_matrix &m, const flo
     w.ldx = ldx;
     w.cols = wide_cols(T, m.n_tile, r->dev->n_sm);
     auto run_pack = [&] { wide_pack(r, {NULL, T}, NULL, 1, dx, ld, px, ldx); };
-    auto run_wide = [&] { wide_dense(r, &m, w); };
+    auto run_wide = [&] { wide_dense(r, next(), w); };
     const int few = T <= STREAM_MAX_COLS ? (T + 7) / 8 * 8 : T <= 48 ? (T <= 32 ? 16 : 24) : 0, width = lin_width(T);
     auto run_many = [&] {
-        if (!few || !stream_run<LIN_DENSE>(r, &m, a, few, (T + few - 1) / few))
-            lin_launch<LIN_DENSE>(r, &m, a, width, (T + width - 1) / width);
+        if (!few || !stream_run<LIN_DENSE>(r, next(), a, few, (T + few - 1) / few))
+            lin_launch<LIN_DENSE>(r, next(), a, width, (T + width - 1) / width);
     };
     run_pack();
-    run_wide();
-    run_many();
+    wide_dense(r, &m, w);
+    if (!few || !stream_run<LIN_DENSE>(r, &m, a, few, (T + few - 1) / few))
+        lin_launch<LIN_DENSE>(r, &m, a, width, (T + width - 1) / width);
     CK(r->error);
     CK(cudaDeviceSynchronize());
     std::vector<float> y0((size_t)(T * m.n_row)), y1 = y0;
@@ -302,6 +382,28 @@ static void dense(cuda_run *r, const char *name, const cuda_matrix &m, const flo
     printf("%s T %5d: %lld of %lld differ; pack %.1f us, wide %.1f us %.0f TFLOP/s, many %.1f us %.0f\n", name, T,
            (long long)differ(y0.data(), y1.data(), (int64_t)y0.size(), 4), (long long)y0.size(), pk * 1e3, wg * 1e3,
            fl / wg / 1e9, mg * 1e3, fl / mg / 1e9);
+    for (const dense_variant &v : denses) {
+        if (m.form != CUDA_FORM_Q8_0 || T > 512 || v.unit != m.n_unit)
+            continue;
+        printf("  mid %s; us:", v.name);
+        for (int cols = 8; cols <= v.most; cols += 8) {
+            CK(cudaMemset(y[0], epilogue == BE_EPI_ADD ? 0 : 0xFF, (size_t)(T * m.n_row * 4)));
+            lin_args d = a;
+            d.y = y[0];
+            lin_matrix(&d, &m);
+            v.run(r, d, cols);
+            CK(r->error);
+            CK(cudaDeviceSynchronize());
+            CK(cudaMemcpy(y0.data(), y[0], y0.size() * 4, cudaMemcpyDeviceToHost));
+            auto run = [&] {
+                lin_matrix(&d, next());
+                v.run(r, d, cols);
+            };
+            printf(" %d rows %.1f (%lld differ)", cols, t.ms(run, 7) * 1e3,
+                   (long long)differ(y0.data(), y1.data(), (int64_t)y0.size(), 4));
+        }
+        printf("\n");
+    }
     cudaFree(dx), cudaFree(px), cudaFree(y[0]), cudaFree(y[1]);
 }
 
@@ -313,25 +415,25 @@ int main(int argc, char **argv) {
     cuda_run r = {};
     r.dev = &dev;
     r.shape.rows = 2048;
-    std::vector<int> T;
+    std::vector<int> T, T128;
     for (int i = 1; i < argc; i++)
-        T.push_back(atoi(argv[i]));
-    if (T.empty())
-        T = {16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 2048, 8192};
-    const float *bias = floats(32 * 5760, 0.1f);
-    {
-        const cuda_matrix gu = make(CUDA_FORM_MXFP4, CUDA_ROWS_GLU, 32, FF, EMBD);
-        const cuda_matrix dn = make(CUDA_FORM_MXFP4, CUDA_ROWS_PLAIN, 32, EMBD, FF);
-        for (int n : T)
-            experts(&r, gu, dn, bias, bias + 77, n, 32, 4);
+        (argv[i][0] == '+' ? T128 : T).push_back(atoi(argv[i]));
+    if (T.empty() && T128.empty())
+        T = {32, 64, 96, 128, 192, 256, 384, 512, 2048, 8192}, T128 = {64, 256, 2048};
+    const float *bias = floats(128 * 5760, 0.1f);
+    for (int E = 32; E <= 128; E += 96) {
+        const cuda_matrix gu = make(CUDA_FORM_MXFP4, CUDA_ROWS_GLU, E, FF, EMBD);
+        const cuda_matrix dn = make(CUDA_FORM_MXFP4, CUDA_ROWS_PLAIN, E, EMBD, FF);
+        for (int n : E == 32 ? T : T128)
+            experts(&r, gu, dn, bias, bias + 77, n, E, 4);
         cudaFree(gu.data), cudaFree(dn.data);
     }
-    const cuda_form form[] = {CUDA_FORM_Q8_0, CUDA_FORM_F16, CUDA_FORM_F16X2};
-    const char *name[] = {"Q8_0 ", "F16  ", "F16X2"};
-    for (int f = 0; f < 3; f++) {
+    const cuda_form form[] = {CUDA_FORM_Q8_0, CUDA_FORM_F16};
+    const char *name[] = {"Q8_0 ", "F16  "};
+    for (int f = 0; f < 2; f++) {
         char text[32];
-        const cuda_matrix q = make(form[f], CUDA_ROWS_PAIR64, 1, 5120, 2880),
-                          o = make(form[f], CUDA_ROWS_PLAIN, 1, 2880, 4096);
+        const cuda_matrix q = make(form[f], CUDA_ROWS_PAIR64, N_COPY, 5120, 2880),
+                          o = make(form[f], CUDA_ROWS_PLAIN, N_COPY, 2880, 4096);
         for (int n : T) {
             snprintf(text, sizeof text, "%s qkv", name[f]);
             dense(&r, text, q, bias, BE_EPI_NONE, n);

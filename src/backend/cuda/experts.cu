@@ -3,8 +3,8 @@
  * Rows are put in order of their experts (perm), cut into tiles of at most `width` rows of one expert, and each tile
  * goes through the packed products. Each (row, expert) pair's output is kept apart and added up at the end in the order
  * of the route, so that a row's result does not depend on its neighbours. */
+#include "backend/cuda/mid.cuh"
 #include "backend/cuda/stream.cuh"
-#include "backend/cuda/wide.cuh"
 
 #define MAX_TOP_K 64
 
@@ -374,11 +374,11 @@ cudaError_t cuda_apply_gain(cuda_dev *d, cuda_weight *router, const cuda_weight 
 
 /* ---- order of experts ---- */
 
-/* One block: pairs in order of expert then row, and the tiles of at most `width` of them. pad > 1: an expert's pairs
- * begin at a multiple of it, perm is -1 between experts, and an expert's tiles are alike; total: pairs and padding.
- * Each warp counts, then places, one run of the pairs. */
+/* One block: pairs in order of expert then row, and the tiles of at most `width` of them. even: an expert's tiles are
+ * alike, multiples of 8. pad: what an expert's pairs begin at a multiple of; perm is -1 between experts. total: pairs
+ * and padding. Each warp counts, then places, one run of the pairs. */
 static __global__ __launch_bounds__(1024) void order_kernel(cuda_count rows, const int32_t *id, int k, int n_expert,
-                                                            int width, int pad, int32_t *perm, int4 *tile,
+                                                            int width, int pad, bool even, int32_t *perm, int4 *tile,
                                                             int32_t *n_tiles, int32_t *total) {
     extern __shared__ int32_t order_at[]; /* [warp][expert]: pairs in the warp's run, then of the runs before it */
     __shared__ int count[CUDA_MAX_EXPERT], first[CUDA_MAX_EXPERT], first_tile[CUDA_MAX_EXPERT];
@@ -439,7 +439,7 @@ static __global__ __launch_bounds__(1024) void order_kernel(cuda_count rows, con
     __syncthreads();
     for (int e = warp; e < n_expert; e += 32) {
         const int c = count[e], nt = (c + width - 1) / width;
-        const int per = pad > 1 && nt ? ((c + nt - 1) / nt + pad - 1) / pad * pad : width;
+        const int per = even && nt ? ((c + nt - 1) / nt + 7) / 8 * 8 : width;
         for (int i = lane; i < nt; i += 32)
             tile[first_tile[e] + i] = make_int4(e, first[e] + i * per, min(per, c - i * per), 0);
         if (c + lane < (c + pad - 1) / pad * pad)
@@ -531,13 +531,13 @@ static __global__ __launch_bounds__(ROW_THREADS) void combine_norm_kernel(cuda_c
 }
 
 /* Rows of a tile: as many as an expert gets on average, rounded up. */
-static int tile_width(int pairs, int n_expert) {
-    const int mean = (pairs + n_expert - 1) / n_expert;
-    return mean <= 5 ? 8 : mean <= 11 ? 16 : mean <= 32 ? STREAM_MAX_COLS : 64;
-}
+static int tile_width(int mean) { return mean <= 5 ? 8 : mean <= 11 ? 16 : mean <= 32 ? STREAM_MAX_COLS : 64; }
 
-template <lin_mode MODE> static void run_tiles(cuda_run *r, const cuda_matrix *m, const lin_args &a, int width, int n) {
-    if (width > STREAM_MAX_COLS || !stream_run<MODE>(r, m, a, width, n))
+template <lin_mode MODE>
+static void run_tiles(cuda_run *r, const cuda_matrix *m, const lin_args &a, bool mid, int width, int n) {
+    if (mid)
+        mid_run<MODE>(r, m, a);
+    else if (width > STREAM_MAX_COLS || !stream_run<MODE>(r, m, a, width, n))
         lin_launch<MODE>(r, m, a, width == STREAM_MAX_COLS ? 32 : width, n);
 }
 
@@ -592,15 +592,16 @@ void cuda_run_experts_norm(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm)
     cuda_dev *d = r->dev;
     cuda_scratch *s = &d->scratch;
     const cuda_count rows = cuda_rows_of(r, c);
-    const int n_expert = (int)c->w->base.n_mat, pairs = rows.cap * c->k, few = tile_width(pairs, n_expert);
-    const bool wide = pairs > 18 * n_expert && cuda_has_wide(d); /* fewer: streamed sooner */
-    const int width = wide ? WIDE_COLS : few;
+    const int n_expert = (int)c->w->base.n_mat, pairs = rows.cap * c->k, mean = (pairs + n_expert - 1) / n_expert;
+    const bool mid = mean > 5 && mean <= 36 && mid_can(r, &c->w->matrix[0]) && mid_can(r, &c->w2->matrix[0]);
+    const bool wide = !mid && mean > 18 && cuda_has_wide(d); /* fewer: streamed sooner */
+    const int width = wide ? WIDE_COLS : mid ? MID_COLS : tile_width(mean);
     const int by_count = n_expert + pairs / width, n_block = pairs < by_count ? pairs : by_count;
     const size_t counts = (size_t)32 * 4 * (size_t)n_expert;
     if (r->error == cudaSuccess)
         r->error = cudaFuncSetAttribute(order_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)counts);
     cuda_launch(r, order_kernel, dim3(1), dim3(1024), counts, rows, (const int32_t *)c->z->id, c->k, n_expert, width,
-                wide ? 8 : 1, s->perm, s->tile, s->count, s->count + 1);
+                wide ? 8 : 1, wide || mid, s->perm, s->tile, s->count, s->count + 1);
     lin_args a = {};
     a.tile = s->tile;
     a.n_tiles = s->count;
@@ -617,12 +618,12 @@ void cuda_run_experts_norm(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm)
     if (wide)
         run_wide(r, c, a, (int)cuda_wide_pairs(pairs, n_expert));
     else {
-        run_tiles<LIN_GATE_UP>(r, &c->w->matrix[0], a, width, n_block);
+        run_tiles<LIN_GATE_UP>(r, &c->w->matrix[0], a, mid, width, n_block);
         a.x = s->hidden;
         a.ldx = a.ldh;
         a.yh = NULL;
         to_down(&a, c, s);
-        run_tiles<LIN_DOWN>(r, &c->w2->matrix[0], a, width, n_block);
+        run_tiles<LIN_DOWN>(r, &c->w2->matrix[0], a, mid, width, n_block);
     }
     run_combine(r, c, norm, rows);
 }
