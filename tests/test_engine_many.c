@@ -52,9 +52,13 @@ static void run_together(eng *e, job **j, int32_t *prompt) {
         eng_get_stats(e, &s);
         most = s.n_running > most ? s.n_running : most;
     }
+    do {
+        eng_get_stats(e, &s);
+        most = s.n_running > most ? s.n_running : most;
+        usleep(500);
+    } while (s.n_running + s.n_waiting > 0);
     for (int i = 0; i < n_request; i++)
         wait_for(j[i]);
-    eng_get_stats(e, &s);
     for (int k = 0; k < ENG_N_WORK; k++)
         printf("%s: %llu steps, %.1f rows of decoding and %.1f of prompts in each\n",
                k == ENG_DECODE    ? "decode"
