@@ -295,7 +295,7 @@ template <class T> static void launch_dim(cuda_run *r, const attn_args &a, int o
         launch_typed<128, T>(r, a, ones, tiles);
 }
 
-#define MANY_PAIRS 64 /* rows x KV heads from which warps have enough pages one after the other */
+#define MANY_PAIRS 128 /* rows x KV heads from which warps have enough pages one after the other */
 
 void cuda_run_attention(cuda_run *r, const cuda_cmd *c) {
     const be_attn *t = &c->attn;
