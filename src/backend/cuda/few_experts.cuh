@@ -120,8 +120,8 @@ __device__ __forceinline__ void few_sum_tiles(Pipe &pipe, const X &x, float *red
     }
 }
 
-/* h[row][slot][n_ff] (f16) = glu of the chosen experts' gate_up on the rows. One CTA a multiprocessor: beside the next
- * kernel's, which waits, it takes almost twice as long. */
+/* h[row][slot][n_ff] (f16) = glu of the chosen experts' gate_up on the rows. One CTA a multiprocessor: with half
+ * the registers and the next kernel's CTA beside it, which waits, it took almost twice as long. */
 template <int EPL, int R>
 __global__ void __launch_bounds__(ROW_THREADS, 1)
     few_gate_up_kernel(few_rows in, const int32_t *id, const uint32_t *routed, dec_matrix w, float alpha, float limit,
