@@ -28,6 +28,8 @@ TILE NAME(i8_tile)(const uint8_t *panel, const uint8_t *next, int64_t n64, const
     for (int64_t b = 0; b < n64; b++, panel += 1088) {
         __m512 part[8];
         FETCH_NEXT(next ? next + b * 1088 : NULL, 1088);
+        if (T <= 2) /* one line is enough: behind it the hardware goes on by itself, where it stops at a page's end */
+            __builtin_prefetch(panel + 4096, 0, 2);
         UNROLL for (int h = 0; h < 2; h++) {
             __m512i a[8][2];
             UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], cpu_q_c32(x[t], n64)[b * 2 + h]);
@@ -48,7 +50,7 @@ TILE NAME(i8_tile)(const uint8_t *panel, const uint8_t *next, int64_t n64, const
 static void NAME(dot_i8)(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch) {
     (void)scratch;
     int64_t n64 = cpu_n64(n_col);
-    const uint8_t *next = n > 2 ? panel + n64 * 1088 : NULL; /* else the hardware does better alone */
+    const uint8_t *next = n > 2 ? panel + n64 * 1088 : NULL;
 #define CALL(T) NAME(i8_tile)(panel, at_ ? NULL : next, n64, x + at_, T, y + at_ * 16)
     FOR_TILES(n, CALL)
 #undef CALL
