@@ -70,6 +70,23 @@ typedef struct cpu_cmd {
     atomic_int next[4]; /* work items handed out, by phase */
 } cpu_cmd;
 
+/* How a thread comes by its items 0 .. total - 1 of a phase: first a run of its own, because memory is read fastest
+ * where each core goes straight on, then whatever is left, so that all end together. */
+typedef struct cpu_turns {
+    int64_t at, end; /* of its own run */
+    int64_t rest;    /* the first that nobody owns */
+    atomic_int *next;
+} cpu_turns;
+
+static inline cpu_turns cpu_turns_of(atomic_int *next, int64_t total, int thread, int n_thread) {
+    int64_t own = total * 3 / 4 / n_thread;
+    return (cpu_turns){own * thread, own * (thread + 1), own * n_thread, next};
+}
+
+static inline int64_t cpu_turn(cpu_turns *t) {
+    return t->at < t->end ? t->at++ : t->rest + atomic_fetch_add_explicit(t->next, 1, memory_order_relaxed);
+}
+
 /* Memory of one thread. */
 typedef struct cpu_local {
     uint8_t *dot;   /* cpu_dot_scratch */

@@ -184,8 +184,10 @@ static void combine(const cpu_device *d, const cpu_cmd *c, int64_t row, const fl
 static void down_few(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x, const groups *g) {
     int64_t n = c->x->base.n_row, n_panel = c->w2->part[0].n_panel, n_row = c->w2->base.n_row;
     float *out = s->dev->local[thread].y + CPU_TOKENS * CPU_PANEL; /* [entry][16] */
-    for (int64_t i; (i = atomic_fetch_add_explicit(&c->next[1], RUN_FEW, memory_order_relaxed)) < n_panel;)
-        for (int64_t p = i; p < i + RUN_FEW && p < n_panel; p++) {
+    int64_t runs = (n_panel + RUN_FEW - 1) / RUN_FEW;
+    cpu_turns turns = cpu_turns_of(&c->next[1], runs, thread, s->dev->n_thread);
+    for (int64_t i; (i = cpu_turn(&turns)) < runs;)
+        for (int64_t p = i * RUN_FEW; p < (i + 1) * RUN_FEW && p < n_panel; p++) {
             for (int e = 0; e < g->n_active; e++)
                 down_panel(s, c, thread, x, g, g->active[e], p, out, CPU_PANEL);
             int64_t lanes = n_row - p * CPU_PANEL < CPU_PANEL ? n_row - p * CPU_PANEL : CPU_PANEL;
@@ -215,7 +217,9 @@ static void run_experts(cpu_step *s, cpu_cmd *c, int thread) {
     group(c->route, n, c->top_k, (int)c->w->base.n_mat, d->local[thread].list, &g);
     cpu_prepare(s, thread, &c->norm, c->x->data, n, c->w->base.n_col, cpu_wants_ints(c->w), &x);
     int64_t run = few ? RUN_FEW : RUN_MANY, n_panel = c->w->part[0].n_panel, runs = (n_panel + run - 1) / run;
-    for (int64_t i; (i = atomic_fetch_add_explicit(&c->next[0], 1, memory_order_relaxed)) < runs * g.n_active;)
+    /* with many rows experts have unequal shares of them: nobody owns any in advance */
+    cpu_turns turns = cpu_turns_of(&c->next[0], few ? runs * g.n_active : 0, thread, d->n_thread);
+    for (int64_t i; (i = cpu_turn(&turns)) < runs * g.n_active;)
         for (int64_t p = i % runs * run, end = p + run; p < end && p < n_panel; p++)
             gate_up_panel(s, c, thread, &x, &g, g.active[i / runs], p);
     pool_barrier(d->pool);

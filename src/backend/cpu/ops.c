@@ -134,7 +134,8 @@ static void run_linear(cpu_step *s, cpu_cmd *c, int thread) {
     cpu_prepare(s, thread, &c->norm, c->x->data, n, n_col, ints, &x);
     int64_t block = CPU_TOKENS, n_block = (n + block - 1) / block;
     int64_t n_run = (c->w->n_panel + LINEAR_RUN - 1) / LINEAR_RUN;
-    for (int64_t i; (i = atomic_fetch_add_explicit(&c->next[0], 1, memory_order_relaxed)) < n_block * n_run;) {
+    cpu_turns turns = cpu_turns_of(&c->next[0], n_block * n_run, thread, s->dev->n_thread);
+    for (int64_t i; (i = cpu_turn(&turns)) < n_block * n_run;) {
         int64_t row = i / n_run * block, panel = i % n_run * LINEAR_RUN;
         int64_t rows = n - row < block ? n - row : block;
         for (int64_t p = panel; p < panel + LINEAR_RUN && p < c->w->n_panel; p++)
