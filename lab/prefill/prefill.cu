@@ -128,7 +128,8 @@ struct dense_variant {
 #MOST " rows, " #G " groups", MOST, SEG *N_SEG, mid_launch < mid_plan < form_q8_0, SEG, N_SEG, MOST, G>,       \
             LIN_DENSE>                                                                                                 \
     }
-static const dense_variant denses[] = {DENSE(3, 15, 40, 3), DENSE(4, 16, 24, 3)};
+static const dense_variant denses[] = {DENSE(3, 15, 40, 3), DENSE(3, 15, 32, 4), DENSE(4, 16, 24, 3),
+                                       DENSE(4, 16, 24, 4)};
 
 static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, const float *bgu, const float *bdn,
                     int T, int E, int K) {
