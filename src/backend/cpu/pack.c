@@ -147,39 +147,59 @@ static void pack_floats(cpu_fmt f, const q_traits *src, const uint8_t *rows, siz
 
 /* ---- integers ---- */
 
-/* The 32 integers of a block of the smaller types that fit CPU_I8 without loss. */
-static void block_ints(q_type t, const uint8_t *b, uint8_t *v) {
-    uint32_t high = 0xffffffff; /* Q4_0: as if the fifth bit of Q5_0 were set */
-    if (t == Q_Q5_0)
-        memcpy(&high, b + 2, 4);
-    const uint8_t *q = b + (t == Q_Q5_0 ? 6 : 2);
-    int offset = t == Q_Q5_0 ? -16 : -24;
-    for (int i = 0; i < 16; i++) {
-        v[i] = (uint8_t)((q[i] & 15) + ((high >> i & 1) << 4) + offset);
-        v[i + 16] = (uint8_t)((q[i] >> 4) + ((high >> (i + 16) & 1) << 4) + offset);
+/* 32 bits of every row, bit i of column i, as 4 bytes a row: bit g of a byte belongs to group g. */
+static void spread_bits(const blocks *b, size_t offset, uint8_t *out /* [16][4] */) {
+    for (int r = 0; r < CPU_PANEL; r++) {
+        uint32_t bits;
+        memcpy(&bits, b->at[r] + offset, 4);
+        for (int k = 0; k < 4; k++) { /* bits k, k + 4, .., k + 28 become a byte */
+            uint32_t v = bits >> k & 0x11111111u;
+            v = (v | v >> 3) & 0x03030303u;
+            v = (v | v >> 6) & 0x000f000fu;
+            out[r * 4 + k] = (uint8_t)(v | v >> 12);
+        }
     }
 }
 
-static void pack_i8(const q_traits *src, blocks b, int64_t n_col, uint8_t *panel) {
+/* Q8_0 */
+static inline void put_bytes(uint8_t *p, const blocks *b) {
     const __m128i sign = _mm_set1_epi8((char)0x80);
-    bool direct = src->type == Q_Q8_0;
-    uint8_t v[CPU_PANEL][32];
-    blocks ints = first_blocks(v[0], 32, CPU_PANEL, 0);
+    for (size_t half = 0; half < 2; half++, p += 256) {
+        words w;
+        load_words(b, 2 + half * 16, &w);
+        UNROLL for (int i = 0; i < 16; i++) store64(p, i, _mm_xor_si128(w.w[i / 4][i % 4], sign));
+    }
+}
+
+/* Q4_0 and, with a fifth bit, Q5_0: nibbles of columns i and i + 16 in a byte */
+static inline void put_small(uint8_t *p, const blocks *b, bool fifth) {
+    const __m128i low4 = _mm_set1_epi8(15), one = _mm_set1_epi8(1), offset = _mm_set1_epi8(fifth ? 112 : 120);
+    uint8_t bits[64] = {0};
+    words w;
+    load_words(b, fifth ? 6 : 2, &w);
+    if (fifth)
+        spread_bits(b, 2, bits);
+    for (int g = 0; g < 8; g++, p += 64)
+        UNROLL for (int q = 0; q < 4; q++) {
+            __m128i v = w.w[g % 4][q], high = _mm_loadu_si128((const __m128i *)(const void *)(bits + q * 16));
+            v = _mm_and_si128(g < 4 ? v : _mm_srli_epi16(v, 4), low4);
+            v = _mm_or_si128(v, _mm_slli_epi16(_mm_and_si128(_mm_srli_epi16(high, g), one), 4));
+            store64(p, q, _mm_add_epi8(v, offset));
+        }
+}
+
+/* Bytes of weight + 128 of the types that fit CPU_I8 without loss. */
+static void pack_i8(q_type type, blocks b, int64_t n_col, uint8_t *panel) {
     for (int64_t i = 0; i < cpu_n64(n_col) * 2; i++, next_block(&b)) {
         uint8_t *head = panel + i / 2 * 1088 + i % 2 * 32, *p = panel + i / 2 * 1088 + 64 + i % 2 * 512;
         if (i * 32 >= n_col)
             b = first_blocks(NULL, 0, 0, 0);
-        for (int r = 0; r < CPU_PANEL; r++) {
+        for (int r = 0; r < CPU_PANEL; r++)
             memcpy(head + r * 2, b.at[r], 2);
-            if (!direct)
-                block_ints(src->type, b.at[r], v[r]);
-        }
-        for (size_t half = 0; half < 2; half++) {
-            words w;
-            load_words(direct ? &b : &ints, (direct ? 2 : 0) + half * 16, &w);
-            UNROLL for (int j = 0; j < 16; j++) store64(p, j, _mm_xor_si128(w.w[j / 4][j % 4], sign));
-            p += 256;
-        }
+        if (type == Q_Q8_0)
+            put_bytes(p, &b);
+        else
+            put_small(p, &b, type == Q_Q5_0);
     }
 }
 
@@ -299,15 +319,8 @@ static void pack_min(cpu_fmt f, blocks b, int64_t n_col, uint8_t *panel) {
         }
         put_nibbles(panel + 64, &b, f == CPU_Q51 ? 8 : 4, false);
         put_nibbles(panel + 64 + 128, &b, f == CPU_Q51 ? 8 : 4, true);
-        for (int r = 0; f == CPU_Q51 && r < CPU_PANEL; r++) {
-            uint32_t bits = (uint32_t)load16(b.at[r] + 4) | (uint32_t)load16(b.at[r] + 6) << 16;
-            for (int k = 0; k < 4; k++) { /* bits k, k + 4, .., k + 28 become a byte */
-                uint32_t v = bits >> k & 0x11111111u;
-                v = (v | v >> 3) & 0x03030303u;
-                v = (v | v >> 6) & 0x000f000fu;
-                panel[320 + r * 4 + k] = (uint8_t)(v | v >> 12);
-            }
-        }
+        if (f == CPU_Q51)
+            spread_bits(&b, 4, panel + 320);
     }
 }
 
@@ -347,7 +360,7 @@ void cpu_pack(cpu_fmt f, const q_traits *src, const uint8_t *rows, size_t row_by
     blocks b = first_blocks(rows, row_bytes, n_row, src->block_bytes);
     switch (f) {
     case CPU_I8:
-        pack_i8(src, b, n_col, panel);
+        pack_i8(src->type, b, n_col, panel);
         break;
     case CPU_MX4:
         pack_mx4(b, n_col, panel);
