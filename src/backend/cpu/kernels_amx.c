@@ -137,8 +137,6 @@ INLINE int many(const uint8_t *w, int64_t n64, const void *const *x, int n, floa
     while (n - at >= WORTH) {
         rows r;
         find_rows(x + at, n - at, n64, &r);
-        if (by32) /* tiles would read every line of the rows twice, half of it each time */
-            r.stride = 0;
         sixteen(w, &r, y + at * 16, by32, planes);
         at += r.n;
     }
