@@ -107,6 +107,7 @@ orcd_status cuda_act_read(be_device *base, const be_act *act, int64_t row, int64
 orcd_status cuda_act_write(be_device *base, be_act *act, int64_t row, int64_t n, const float *src, orcd_error *err) {
     cuda_dev *d = (cuda_dev *)base;
     cuda_act *a = (cuda_act *)act;
+    const char *what = "writing an activation";
     const size_t width = (size_t)act->width, count = (size_t)n * width, ld = (size_t)a->ld;
     ORCD_TRY(in_range(act, row, n, err));
     ORCD_TRY(cuda_use(d, err));
@@ -115,7 +116,7 @@ orcd_status cuda_act_write(be_device *base, be_act *act, int64_t row, int64_t n,
     void *host = calloc((size_t)n * ld + 1, 8);
     if (!host)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory");
-    cudaError_t e;
+    orcd_status st;
     if (act->form == BE_ACT_ROUTE) {
         int32_t *id = (int32_t *)host;
         float *w = (float *)(id + count);
@@ -123,23 +124,23 @@ orcd_status cuda_act_write(be_device *base, be_act *act, int64_t row, int64_t n,
             id[i] = (int32_t)src[2 * i];
             w[i] = src[2 * i + 1];
         }
-        e = cudaMemcpy(a->id + row * act->width, id, count * 4, cudaMemcpyHostToDevice);
-        if (e == cudaSuccess)
-            e = cudaMemcpy(a->expert_w + row * act->width, w, count * 4, cudaMemcpyHostToDevice);
+        st = cuda_upload(d, a->id + row * act->width, id, count * 4, what, err);
+        if (st == ORCD_OK)
+            st = cuda_upload(d, a->expert_w + row * act->width, w, count * 4, what, err);
     } else {
         uint16_t *h = (uint16_t *)host;
         for (size_t r = 0; r < (size_t)n; r++)
             for (size_t k = 0; k < width; k++)
                 h[r * ld + k] = f16_from_f32(src[r * width + k]);
-        e = cudaMemcpy(a->f32 + row * act->width, src, count * 4, cudaMemcpyHostToDevice);
-        if (e == cudaSuccess && a->f16)
-            e = cudaMemcpy(a->f16 + row * a->ld, h, (size_t)n * ld * 2, cudaMemcpyHostToDevice);
+        st = cuda_upload(d, a->f32 + row * act->width, src, count * 4, what, err);
+        if (st == ORCD_OK && a->f16)
+            st = cuda_upload(d, a->f16 + row * a->ld, h, (size_t)n * ld * 2, what, err);
         a->has_f32 = true;
         a->has_f16 = a->f16 != NULL;
         a->outs = false;
     }
     free(host);
-    return e == cudaSuccess ? ORCD_OK : cuda_fail(d, e, "writing an activation", err);
+    return st;
 }
 
 const float *cuda_act_host(be_device *d, const be_act *a) {

@@ -307,6 +307,8 @@ orcd_status cuda_alloc(cuda_dev *d, void *out, size_t bytes, const char *what, o
 void cuda_free(cuda_dev *d, void *p); /* accepts NULL */
 /* Memory of cuda_alloc to one byte value, now. */
 orcd_status cuda_fill(cuda_dev *d, void *p, int value, size_t bytes, const char *what, orcd_error *err);
+/* Bytes of host memory are there when it returns. */
+orcd_status cuda_upload(cuda_dev *d, void *to, const void *from, size_t bytes, const char *what, orcd_error *err);
 orcd_status cuda_use(cuda_dev *d, orcd_error *err); /* make it this thread's device */
 void cuda_quiet(cuda_dev *d);                       /* the same, and wait until nothing runs: before memory is freed */
 

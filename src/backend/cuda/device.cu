@@ -79,9 +79,19 @@ void cuda_free(cuda_dev *d, void *p) {
         cudaFree(p);
 }
 
+/* On the device's own stream, and waited for: cudaMemset, and cudaMemcpy from pageable memory, come back before the
+ * device has done them, and this stream waits for no other. */
 orcd_status cuda_fill(cuda_dev *d, void *p, int value, size_t bytes, const char *what, orcd_error *err) {
-    if (!d->dry && bytes)
-        CUDA_TRY(d, what, cudaMemset(p, value, bytes));
+    if (d->dry || !bytes)
+        return ORCD_OK;
+    CUDA_TRY(d, what, cudaMemsetAsync(p, value, bytes, d->stream));
+    CUDA_TRY(d, what, cudaStreamSynchronize(d->stream));
+    return ORCD_OK;
+}
+
+orcd_status cuda_upload(cuda_dev *d, void *to, const void *from, size_t bytes, const char *what, orcd_error *err) {
+    CUDA_TRY(d, what, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, d->stream));
+    CUDA_TRY(d, what, cudaStreamSynchronize(d->stream));
     return ORCD_OK;
 }
 

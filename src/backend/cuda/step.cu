@@ -132,11 +132,8 @@ static int find_freq(cuda_step *s, const be_attn *a) {
     f->n = n;
     if (!f->dev && cuda_alloc(d, &f->dev, sizeof f->f, "rotary frequencies", err) != ORCD_OK)
         return -1;
-    cudaError_t e = cudaMemcpy(f->dev, f->f, sizeof f->f, cudaMemcpyHostToDevice);
-    if (e != cudaSuccess) {
-        cuda_fail(d, e, "uploading rotary frequencies", err);
+    if (cuda_upload(d, f->dev, f->f, sizeof f->f, "uploading rotary frequencies", err) != ORCD_OK)
         return -1;
-    }
     return d->n_freq++;
 }
 

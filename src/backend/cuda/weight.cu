@@ -338,11 +338,6 @@ static orcd_status power_of(const mf_tensor *t, float *power, orcd_error *err) {
 
 /* ---- one weight ---- */
 
-static orcd_status upload_floats(cuda_dev *d, float *to, const float *src, size_t n, orcd_error *err) {
-    CUDA_TRY(d, "uploading floats", cudaMemcpy(to, src, n * sizeof *src, cudaMemcpyHostToDevice));
-    return ORCD_OK;
-}
-
 static orcd_status load_dense(cuda_dev *d, const be_load *l, float **out, orcd_error *err) {
     const size_t n = (size_t)(stacked_rows(l) * l->part[0].n_col);
     ORCD_TRY(cuda_alloc(d, out, n * sizeof **out, l->part[0].name, err));
@@ -353,7 +348,7 @@ static orcd_status load_dense(cuda_dev *d, const be_load *l, float **out, orcd_e
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for \"%s\"", l->part[0].name);
     for (size_t i = 0, at = 0; i < (size_t)l->n_part; at += (size_t)(l->part[i].n_row * l->part[i].n_col), i++)
         mf_floats(&l->part[i], v + at);
-    orcd_status st = upload_floats(d, *out, v, n, err);
+    orcd_status st = cuda_upload(d, *out, v, n * sizeof *v, "uploading floats", err);
     free(v);
     return st;
 }
@@ -377,7 +372,7 @@ static orcd_status load_bias(cuda_dev *d, const be_load *l, float **out, orcd_er
         }
         at += n;
     }
-    orcd_status st = upload_floats(d, *out, v, mats * rows, err);
+    orcd_status st = cuda_upload(d, *out, v, mats * rows * sizeof *v, "uploading floats", err);
     free(v);
     return st;
 }
