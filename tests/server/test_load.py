@@ -117,7 +117,7 @@ class Churn(unittest.TestCase):
         print(f"after 1000 requests: {fd2 - fd:+d} descriptors, {thread2 - thread:+d} threads, "
               f"{(rss2 - rss) / 1024:+.0f} KiB")
         self.assertEqual((fd2, thread2), (fd, thread))
-        self.assertLess(rss2 - rss, (8 if SLOW == 1 else 512) << 20)
+        self.assertLess(rss2 - rss, SLOW * 8 << 20)
 
 
 LOAD = os.path.join(ROOT, os.environ.get("ORCD_BUILD", "build"), "bench", "load")
