@@ -766,7 +766,7 @@ static void tap_shows_the_rows_of_its_moment(void **state) {
     }
 }
 
-enum { SAMPLE_ROWS = 64, SAMPLE_VOCAB = 1000, SAMPLE_WIDTH = 32 };
+enum { SAMPLE_ROWS = 96, SAMPLE_VOCAB = 5000, SAMPLE_WIDTH = 32 };
 
 /* Every fourth row greedy; the rest with each filter alone and all together. */
 static be_sample sample_of(int row) {
@@ -778,74 +778,120 @@ static be_sample sample_of(int row) {
                        .draw = (uint64_t)row};
 }
 
+typedef struct drawing { /* a head whose logits are drawn from */
+    op_memory m;
+    op_bench b;
+    be_weight *head;
+    be_act *in, *logits;
+    float x[SAMPLE_ROWS * SAMPLE_WIDTH]; /* of each row; every 7th is zero, so that all its logits are equal */
+} drawing;
+
+static void open_drawing(drawing *d, be_device *dev, uint64_t *seed) {
+    *d = (drawing){.b = op_open(dev)};
+    be_load w = {.use = BE_USE_LINEAR};
+    op_plain_kv(&d->b);
+    op_add_part(&w, &d->m, seed, Q_F32, 1, SAMPLE_VOCAB, SAMPLE_WIDTH, false);
+    for (int i = 0; i < SAMPLE_ROWS * SAMPLE_WIDTH; i++)
+        d->x[i] = i / SAMPLE_WIDTH % 7 == 3 ? 0 : 3 * t_normal(seed);
+    d->head = op_load(&d->b, &w);
+    d->in = op_act(&d->b, BE_ACT_FREE, SAMPLE_ROWS, SAMPLE_WIDTH, NULL);
+    d->logits = op_act(&d->b, BE_ACT_F32, SAMPLE_ROWS, SAMPLE_VOCAB, NULL);
+}
+
+static void close_drawing(drawing *d) {
+    op_close(&d->b);
+    op_free_memory(&d->m);
+}
+
+/* Ids of n rows from row `first` on. */
+static void draw(drawing *d, int first, int n, int32_t *id) {
+    be_sample row[SAMPLE_ROWS];
+    op_batch batch = {0};
+    op_rows(&batch, 0, 0, n);
+    batch.b.n_out = n;
+    for (int i = 0; i < n; i++) {
+        row[i] = sample_of(first + i);
+        batch.out_row[i] = i;
+    }
+    OP_OK(d->b.ops->act_write(d->b.dev, d->in, 0, n, d->x + first * SAMPLE_WIDTH, &err_));
+    be_step *s = op_begin(&d->b, &batch);
+    be_linear(s, d->head, d->in, d->logits, BE_EPI_NONE);
+    d->b.ops->sample(s, d->logits, row);
+    op_end(&d->b, s);
+    OP_OK(d->b.ops->sampled(d->b.dev, id, &err_));
+}
+
 /* Greedy is the argmax exactly. A draw may differ from the host's where the number falls on an edge between two tokens,
  * which sums in float place differently: at most one in 64. Then the sampled ids feed the next step. */
 static void sampling_on_the_device_draws_what_the_host_draws(void **state) {
     (void)state;
     uint64_t seed = 62;
+    static drawing d;
     for (int k = 0; k < n_tested; k++) {
         const be_ops *ops = tested[k].ops;
         if (!ops->sample)
             continue;
-        op_memory m = {.n = 0};
-        op_bench b = op_open(tested[k].dev);
-        op_plain_kv(&b);
-        be_load w = {.use = BE_USE_LINEAR}, table = {.use = BE_USE_EMBED, .n_part = 1};
-        op_add_part(&w, &m, &seed, Q_F32, 1, SAMPLE_VOCAB, SAMPLE_WIDTH, false);
-        table.part[0] = op_random_tensor(&m, &seed, Q_F32, 1, SAMPLE_VOCAB, SAMPLE_WIDTH, 3);
-        static float x[SAMPLE_ROWS * SAMPLE_WIDTH];
-        for (int i = 0; i < SAMPLE_ROWS * SAMPLE_WIDTH; i++)
-            x[i] = 3 * t_normal(&seed);
-        be_weight *head = op_load(&b, &w), *embed = op_load(&b, &table);
-        be_act *in = op_act(&b, BE_ACT_FREE, SAMPLE_ROWS, SAMPLE_WIDTH, x);
-        be_act *logits = op_act(&b, BE_ACT_F32, SAMPLE_ROWS, SAMPLE_VOCAB, NULL);
-        be_act *next = op_act(&b, BE_ACT_F32, SAMPLE_ROWS, SAMPLE_WIDTH, NULL);
-        be_sample row[SAMPLE_ROWS];
-        op_batch batch = {0};
-        op_rows(&batch, 0, 0, SAMPLE_ROWS);
-        batch.b.n_out = SAMPLE_ROWS;
-        for (int i = 0; i < SAMPLE_ROWS; i++) {
-            row[i] = sample_of(i);
-            batch.out_row[i] = i;
-        }
-        be_step *s = op_begin(&b, &batch);
-        be_linear(s, head, in, logits, BE_EPI_NONE);
-        ops->sample(s, logits, row);
-        op_end(&b, s);
+        open_drawing(&d, tested[k].dev, &seed);
+        be_load table = {.use = BE_USE_EMBED, .n_part = 1};
+        table.part[0] = op_random_tensor(&d.m, &seed, Q_F32, 1, SAMPLE_VOCAB, SAMPLE_WIDTH, 3);
+        be_weight *embed = op_load(&d.b, &table);
+        be_act *next = op_act(&d.b, BE_ACT_F32, SAMPLE_ROWS, SAMPLE_WIDTH, NULL);
+        int32_t id[SAMPLE_ROWS];
+        draw(&d, 0, SAMPLE_ROWS, id);
         op_batch follow = {0}; /* reads the ids before the host has seen them */
         op_rows(&follow, 0, SAMPLE_ROWS, SAMPLE_ROWS);
         for (int i = 0; i < SAMPLE_ROWS; i++)
             follow.token[i] = BE_TOKEN_OF(SAMPLE_ROWS - 1 - i);
-        int32_t id[SAMPLE_ROWS];
-        OP_OK(ops->sampled(b.dev, id, &err_));
-        s = op_begin(&b, &follow);
+        be_step *s = op_begin(&d.b, &follow);
         be_embed(s, embed, NULL, next);
-        op_end(&b, s);
+        op_end(&d.b, s);
 
         samp *host = NULL;
         OP_OK(samp_open(SAMPLE_VOCAB, &host, &err_));
-        const float *got = op_read(&b, logits), *fed = op_read(&b, next), *rows = (const float *)table.part[0].data;
+        const float *got = op_read(&d.b, d.logits), *fed = op_read(&d.b, next),
+                    *rows = (const float *)table.part[0].data;
         int differ = 0;
         for (int i = 0; i < SAMPLE_ROWS; i++) {
-            samp_params p = {.temperature = row[i].temperature,
-                             .top_p = row[i].top_p,
-                             .min_p = row[i].min_p,
-                             .top_k = row[i].top_k,
+            be_sample row = sample_of(i);
+            samp_params p = {.temperature = row.temperature,
+                             .top_p = row.top_p,
+                             .min_p = row.min_p,
+                             .top_k = row.top_k,
                              .repetition_penalty = 1,
-                             .seed = row[i].seed};
-            samp_input input = {.logits = got + i * SAMPLE_VOCAB, .params = &p, .draw = row[i].draw};
+                             .seed = row.seed};
+            samp_input input = {.logits = got + i * SAMPLE_VOCAB, .params = &p, .draw = row.draw};
             int32_t want;
             OP_OK(samp_draw(host, &input, &want, &err_));
             assert_true(id[i] >= 0 && id[i] < SAMPLE_VOCAB);
-            assert_true(row[i].temperature > 0 || id[i] == want);
+            assert_true(row.temperature > 0 || id[i] == want);
             differ += id[i] != want;
             op_same_bits("sampled token", fed + (SAMPLE_ROWS - 1 - i) * SAMPLE_WIDTH, rows + id[i] * SAMPLE_WIDTH,
                          SAMPLE_WIDTH);
         }
         assert_true(differ <= 1);
         samp_close(host);
-        op_close(&b);
-        op_free_memory(&m);
+        close_drawing(&d);
+    }
+}
+
+/* Few rows are drawn by more processors each. */
+static void sampling_does_not_depend_on_the_rows_beside(void **state) {
+    (void)state;
+    static const int together[] = {1, 2, 24, 48};
+    uint64_t seed = 63;
+    static drawing d;
+    for (int k = 0; k < n_tested; k++) {
+        if (!tested[k].ops->sample)
+            continue;
+        open_drawing(&d, tested[k].dev, &seed);
+        int32_t id[SAMPLE_ROWS], part[SAMPLE_ROWS];
+        draw(&d, 0, SAMPLE_ROWS, id);
+        for (size_t t = 0; t < ORCD_COUNT(together); t++)
+            for (int first = 0; first < SAMPLE_ROWS; first += together[t]) {
+                draw(&d, first, together[t], part);
+                assert_memory_equal(part, id + first, (size_t)together[t] * sizeof *id);
+            }
+        close_drawing(&d);
     }
 }
 
@@ -864,6 +910,7 @@ static int run(void) {
         cmocka_unit_test_teardown(moe_of_a_row_of_nan_leaves_its_neighbours_alone, print_worst),
         cmocka_unit_test_teardown(tap_shows_the_rows_of_its_moment, print_worst),
         cmocka_unit_test_teardown(sampling_on_the_device_draws_what_the_host_draws, print_worst),
+        cmocka_unit_test_teardown(sampling_does_not_depend_on_the_rows_beside, print_worst),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

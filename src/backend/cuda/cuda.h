@@ -418,10 +418,11 @@ static inline bool cuda_linear_f16(const cuda_weight *w, const be_act *y) {
     return y->form == BE_ACT_FREE && w->matrix[0].map != CUDA_ROWS_PAIR64;
 }
 
-/* A checked launch, with programmatic dependence on the kernel before it where the device has that. */
+/* A checked launch of clusters of blocks along x, with programmatic dependence on the kernel before it where the device
+ * has that. */
 template <class... Param, class... Arg>
-static inline void cuda_launch(cuda_run *r, void (*kernel)(Param...), dim3 grid, dim3 block, size_t shared,
-                               Arg... arg) {
+static inline void cuda_launch_clusters(cuda_run *r, void (*kernel)(Param...), dim3 grid, unsigned cluster, dim3 block,
+                                        size_t shared, Arg... arg) {
     if (r->error != cudaSuccess || !grid.x || !grid.y || !grid.z)
         return;
     /* kernels with different shares of shared memory cannot overlap; long steps rather have the L1 */
@@ -434,12 +435,23 @@ static inline void cuda_launch(cuda_run *r, void (*kernel)(Param...), dim3 grid,
     c.blockDim = block;
     c.dynamicSmemBytes = shared;
     c.stream = r->stream;
-    cudaLaunchAttribute a;
-    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    a.val.programmaticStreamSerializationAllowed = 1;
-    c.attrs = &a;
-    c.numAttrs = r->pdl ? 1 : 0;
+    cudaLaunchAttribute a[2];
+    c.attrs = a;
+    if (r->pdl) {
+        a[c.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        a[c.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        a[c.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        a[c.numAttrs++].val.clusterDim = {cluster, 1, 1};
+    }
     r->error = cudaLaunchKernelEx(&c, kernel, (Param)arg...);
+}
+
+template <class... Param, class... Arg>
+static inline void cuda_launch(cuda_run *r, void (*kernel)(Param...), dim3 grid, dim3 block, size_t shared,
+                               Arg... arg) {
+    cuda_launch_clusters(r, kernel, grid, 1, block, shared, arg...);
 }
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
