@@ -1,7 +1,8 @@
 /* A load for any server of OpenAI's completions: N streams at once, each asking again as soon as it has its answer,
  * read by one thread that does little else. Prompts are random token ids. Usage: load [-H HOST] [-P PORT] [-n STREAMS]
- * [-r REQUESTS_OF_EACH] [-p PROMPT_TOKENS] [-g NEW_TOKENS] [-V VOCABULARY] [-s SEED] [-m MODEL] [-j]
- * -j prints JSON instead of a row of the table in bench/RESULTS.md. Build it with make bench.
+ * [-r REQUESTS_OF_EACH] [-p PROMPT_TOKENS] [-g NEW_TOKENS] [-V VOCABULARY] [-s SEED] [-m MODEL] [-x MEMBERS] [-j]
+ * -x gives the first stream's requests further members, as JSON: '"logprobs":5'. -j prints JSON instead of a row of the
+ * table in bench/RESULTS.md. Build it with make bench.
  *
  * "steady" is the rate between the time when every stream has begun its first answer and the time when the first one
  * finds nothing left to ask. */
@@ -35,7 +36,7 @@ typedef struct client {
 } client;
 
 typedef struct load {
-    const char *host, *port, *model;
+    const char *host, *port, *model, *members;
     int n_client, n_request, n_prompt, n_new, n_vocab, seed, json;
     struct addrinfo *address;
     int epoll, n_open, n_failed;
@@ -82,6 +83,8 @@ static void write_request(const load *l, client *c, uint64_t n) {
     buf_printf(&body,
                "{\"model\":\"%s\",\"stream\":true,\"stream_options\":{\"include_usage\":true},\"ignore_eos\":true,",
                l->model);
+    if (l->members && c == l->client)
+        buf_printf(&body, "%s,", l->members);
     buf_printf(&body, "\"max_tokens\":%d,\"seed\":%llu,\"prompt\":[", l->n_new, (unsigned long long)n);
     for (int i = 0; i < l->n_prompt; i++) { /* the upper half of a vocabulary may be reserved */
         double u = rng_uniform((uint64_t)l->seed, n, (uint64_t)i);
@@ -229,7 +232,7 @@ static void report(load *l, double t0, double took) {
 
 static bool parse(load *l, int argc, char **argv) {
     int c;
-    while ((c = getopt(argc, argv, "H:P:n:r:p:g:V:s:m:j")) != -1) {
+    while ((c = getopt(argc, argv, "H:P:n:r:p:g:V:s:m:x:j")) != -1) {
         switch (c) {
         case 'H':
             l->host = optarg;
@@ -239,6 +242,9 @@ static bool parse(load *l, int argc, char **argv) {
             break;
         case 'm':
             l->model = optarg;
+            break;
+        case 'x':
+            l->members = optarg;
             break;
         case 'j':
             l->json = 1;
@@ -267,7 +273,7 @@ int main(int argc, char **argv) {
               .seed = 1};
     if (!parse(&l, argc, argv)) {
         fprintf(stderr, "usage: load [-H HOST] [-P PORT] [-n STREAMS] [-r REQUESTS_OF_EACH] [-p PROMPT_TOKENS] "
-                        "[-g NEW_TOKENS] [-V VOCABULARY] [-s SEED] [-m MODEL] [-j]\n");
+                        "[-g NEW_TOKENS] [-V VOCABULARY] [-s SEED] [-m MODEL] [-x MEMBERS] [-j]\n");
         return 2;
     }
     if (getaddrinfo(l.host, l.port, &(struct addrinfo){.ai_socktype = SOCK_STREAM}, &l.address) != 0) {
