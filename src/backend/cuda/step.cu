@@ -342,6 +342,12 @@ static int bucket(int n) {
     return n;
 }
 
+/* Words for a step of so many rows, outputs and other things. */
+static size_t upload_words(int tok, int outs, size_t other) {
+    return sizeof(cuda_batch) / 4 + (size_t)tok * 7 + (size_t)outs * (2 + sizeof(be_sample) / 4) + other + 64;
+}
+
+/* Pinning memory waits until the device has nothing to do: at first enough for almost any step. */
 static orcd_status staging(cuda_dev *d, size_t words, int32_t **out, orcd_error *err) {
     cuda_staging *st = &d->staging[d->next_staging];
     CUDA_TRY(d, "waiting for an upload", cudaEventSynchronize(st->done));
@@ -349,8 +355,9 @@ static orcd_status staging(cuda_dev *d, size_t words, int32_t **out, orcd_error 
         cudaFreeHost(st->host);
         st->host = NULL;
         st->cap = 0;
-        CUDA_TRY(d, "pinning the batch", cudaMallocHost((void **)&st->host, words * 2 * sizeof(int32_t)));
-        st->cap = words * 2;
+        const size_t usual = upload_words(d->max_tok, d->max_out, 1 << 16), cap = words > usual ? 2 * words : usual;
+        CUDA_TRY(d, "pinning the batch", cudaMallocHost((void **)&st->host, cap * sizeof(int32_t)));
+        st->cap = cap;
     }
     memset(st->host, 0, sizeof(cuda_batch));
     *out = st->host;
@@ -371,7 +378,7 @@ static orcd_status fill_upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, int
     const be_batch *b = &s->base.batch;
     cuda_kv *kv = (cuda_kv *)s->base.kv;
     const int n_map = kv ? kv->n_map : 0, tok = b->n_tok;
-    const size_t words = sizeof(cuda_batch) / 4 + (size_t)tok * 7 + (size_t)b->n_out * 10 + (size_t)n_map * 3 + 64;
+    const size_t words = upload_words(tok, b->n_out, (size_t)n_map * 3);
     int32_t *host = NULL;
     ORCD_TRY(staging(d, words, &host, err));
     cuda_batch *h = (cuda_batch *)host;
