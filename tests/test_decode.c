@@ -366,8 +366,9 @@ static void sample_row(const loaded *l, int pos, int32_t token, bool sample) {
     op_batch b = {.b = {.n_tok = 1, .n_out = 1}, .token = {token}, .pos = {pos}, .slot = {1}};
     be_step *s = op_begin(l->b, &b);
     record(l, s);
+    be_sample greedy = {0};
     if (sample)
-        l->b->ops->sample(s, l->logits, &(be_sample){.temperature = 0});
+        l->b->ops->sample(s, l->logits, &greedy);
     op_end(l->b, s);
 }
 
@@ -381,9 +382,9 @@ static void sampling_ahead(const loaded *l, float *got) {
     for (int i = 0; i < N; i++) {
         sample_row(l, pos + i, i ? BE_TOKEN_OF(0) : 1, true);
         if (i)
-            OP_OK(l->b->ops->sampled(l->b->dev, &id[i - 1], &err_));
+            OP_OK(l->b->ops->sampled(l->b->dev, &id[i - 1], NULL, &err_));
     }
-    OP_OK(l->b->ops->sampled(l->b->dev, &id[N - 1], &err_));
+    OP_OK(l->b->ops->sampled(l->b->dev, &id[N - 1], NULL, &err_));
     for (int i = 0; i < N; i++) {
         sample_row(l, pos + i, i ? id[i - 1] : 1, false);
         OP_OK(l->b->ops->act_read(l->b->dev, l->logits, 0, 1, got, &err_));

@@ -50,8 +50,8 @@ static orcd_status dev_end(be_step *s, orcd_error *err) {
     return ORCD_OK;
 }
 
-static orcd_status dev_sampled(be_device *d, int32_t *id, orcd_error *err) {
-    (void)d, (void)err;
+static orcd_status dev_sampled(be_device *d, int32_t *id, be_likely *likely, orcd_error *err) {
+    (void)d, (void)likely, (void)err;
     assert_true(dev.n_open > 0);
     memcpy(id, dev.id[0], (size_t)dev.n_id[0] * sizeof *id);
     memcpy(dev.id[0], dev.id[1], sizeof dev.id[0]);

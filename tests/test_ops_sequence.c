@@ -3,7 +3,7 @@
  * operations against their composition, sampling on the device. Run as `test_ops_sequence [BACKEND]`; see ops.h. */
 #include "ops.h"
 
-#include "engine/sampler.h"
+#include "host_draw.h"
 
 /* ---- rope, KV cache, attention ---- */
 
@@ -768,14 +768,31 @@ static void tap_shows_the_rows_of_its_moment(void **state) {
 
 enum { SAMPLE_ROWS = 96, SAMPLE_VOCAB = 5000, SAMPLE_WIDTH = 32 };
 
-/* Every fourth row greedy; the rest with each filter alone and all together. */
-static be_sample sample_of(int row) {
-    return (be_sample){.temperature = row % 4 ? 0.7f + 0.1f * (float)(row % 5) : 0,
-                       .top_p = row % 3 ? 1 : 0.9f,
-                       .min_p = row % 5 ? 0 : 0.05f,
-                       .top_k = row % 2 ? 0 : 40,
-                       .seed = 1234567 + (uint64_t)(row / 8),
-                       .draw = (uint64_t)row};
+/* Every fourth row greedy; the rest with each filter alone and all together; bias and penalties of few tokens and of
+ * many, log-probabilities, and tokens that are given. */
+static be_sample sample_of(int row, be_edit edit[SAMPLE_VOCAB]) {
+    be_sample r = {.temperature = row % 4 ? 0.7f + 0.1f * (float)(row % 5) : 0,
+                   .top_p = row % 3 ? 1 : 0.9f,
+                   .min_p = row % 5 ? 0 : 0.05f,
+                   .top_k = row % 2 ? 0 : 40,
+                   .seed = 1234567 + (uint64_t)(row / 8),
+                   .draw = (uint64_t)row,
+                   .edit = edit,
+                   .penalties = row / 2 % 3 == 1,
+                   .repetition = row % 8 < 4 ? 1.5f : 1,
+                   .presence = row % 7 ? 0.75f : -1.5f,
+                   .frequency = row % 8 == 3 ? -0.5f : 0.3f,
+                   .given = row % 16 == 9,
+                   .id = row,
+                   .likely = row % 3 == 1,
+                   .n_top = row % 8 == 4   ? 0
+                            : row % 8 == 5 ? 1
+                                           : 20};
+    int apart = row % 7 == 1 ? SAMPLE_VOCAB / 3 : row % 7 == 4 ? 2 : SAMPLE_VOCAB;
+    for (int id = row % apart; id < SAMPLE_VOCAB && row % 5; id += apart)
+        edit[r.n_edit++] =
+            (be_edit){id, id % 3 ? 0 : 0.1f * (float)(id % 40 - 20), id % 4 ? 0 : 1 + id % 3, id % 5 == 2};
+    return r;
 }
 
 typedef struct drawing { /* a head whose logits are drawn from */
@@ -783,11 +800,13 @@ typedef struct drawing { /* a head whose logits are drawn from */
     op_bench b;
     be_weight *head;
     be_act *in, *logits;
+    be_edit edit[SAMPLE_ROWS][SAMPLE_VOCAB];
     float x[SAMPLE_ROWS * SAMPLE_WIDTH]; /* of each row; every 7th is zero, so that all its logits are equal */
 } drawing;
 
 static void open_drawing(drawing *d, be_device *dev, uint64_t *seed) {
-    *d = (drawing){.b = op_open(dev)};
+    d->b = op_open(dev);
+    d->m.n = 0;
     be_load w = {.use = BE_USE_LINEAR};
     op_plain_kv(&d->b);
     op_add_part(&w, &d->m, seed, Q_F32, 1, SAMPLE_VOCAB, SAMPLE_WIDTH, false);
@@ -803,22 +822,32 @@ static void close_drawing(drawing *d) {
     op_free_memory(&d->m);
 }
 
-/* Ids of n rows from row `first` on. */
-static void draw(drawing *d, int first, int n, int32_t *id) {
-    be_sample row[SAMPLE_ROWS];
-    op_batch batch = {0};
-    op_rows(&batch, 0, 0, n);
-    batch.b.n_out = n;
-    for (int i = 0; i < n; i++) {
-        row[i] = sample_of(first + i);
-        batch.out_row[i] = i;
-    }
-    OP_OK(d->b.ops->act_write(d->b.dev, d->in, 0, n, d->x + first * SAMPLE_WIDTH, &err_));
-    be_step *s = op_begin(&d->b, &batch);
+static void draw_step(drawing *d, op_batch *batch, const be_sample *row, int32_t *id, be_likely *likely) {
+    be_step *s = op_begin(&d->b, batch);
     be_linear(s, d->head, d->in, d->logits, BE_EPI_NONE);
     d->b.ops->sample(s, d->logits, row);
     op_end(&d->b, s);
-    OP_OK(d->b.ops->sampled(d->b.dev, id, &err_));
+    OP_OK(d->b.ops->sampled(d->b.dev, id, likely, &err_));
+}
+
+/* Ids of n rows from row `first` on. unseen: the token that the host has not told, which is the best one, or -1. */
+static void draw(drawing *d, int first, int n, int32_t *unseen, int32_t *id, be_likely *likely) {
+    be_sample row[SAMPLE_ROWS] = {0};
+    op_batch batch = {0};
+    op_rows(&batch, 0, 0, n);
+    batch.b.n_out = n;
+    for (int i = 0; i < n; i++)
+        batch.out_row[i] = i;
+    OP_OK(d->b.ops->act_write(d->b.dev, d->in, 0, n, d->x + first * SAMPLE_WIDTH, &err_));
+    draw_step(d, &batch, row, unseen, NULL);
+    for (int i = 0; i < n; i++) {
+        row[i] = sample_of(first + i, d->edit[i]);
+        if ((first + i) % 5 == 2)
+            unseen[i] = -1;
+        else
+            batch.token[i] = BE_TOKEN_OF(i);
+    }
+    draw_step(d, &batch, row, id, likely);
 }
 
 /* Greedy is the argmax exactly. A draw may differ from the host's where the number falls on an edge between two tokens,
@@ -836,8 +865,9 @@ static void sampling_on_the_device_draws_what_the_host_draws(void **state) {
         table.part[0] = op_random_tensor(&d.m, &seed, Q_F32, 1, SAMPLE_VOCAB, SAMPLE_WIDTH, 3);
         be_weight *embed = op_load(&d.b, &table);
         be_act *next = op_act(&d.b, BE_ACT_F32, SAMPLE_ROWS, SAMPLE_WIDTH, NULL);
-        int32_t id[SAMPLE_ROWS];
-        draw(&d, 0, SAMPLE_ROWS, id);
+        int32_t id[SAMPLE_ROWS], unseen[SAMPLE_ROWS];
+        be_likely likely[SAMPLE_ROWS], want;
+        draw(&d, 0, SAMPLE_ROWS, unseen, id, likely);
         op_batch follow = {0}; /* reads the ids before the host has seen them */
         op_rows(&follow, 0, SAMPLE_ROWS, SAMPLE_ROWS);
         for (int i = 0; i < SAMPLE_ROWS; i++)
@@ -852,19 +882,17 @@ static void sampling_on_the_device_draws_what_the_host_draws(void **state) {
                     *rows = (const float *)table.part[0].data;
         int differ = 0;
         for (int i = 0; i < SAMPLE_ROWS; i++) {
-            be_sample row = sample_of(i);
-            samp_params p = {.temperature = row.temperature,
-                             .top_p = row.top_p,
-                             .min_p = row.min_p,
-                             .top_k = row.top_k,
-                             .repetition_penalty = 1,
-                             .seed = row.seed};
-            samp_input input = {.logits = got + i * SAMPLE_VOCAB, .params = &p, .draw = row.draw};
-            int32_t want;
-            OP_OK(samp_draw(host, &input, &want, &err_));
+            be_sample row = sample_of(i, d.edit[i]);
+            int32_t drawn = host_draw(host, &row, got + i * SAMPLE_VOCAB, unseen[i]);
             assert_true(id[i] >= 0 && id[i] < SAMPLE_VOCAB);
-            assert_true(row.temperature > 0 || id[i] == want);
-            differ += id[i] != want;
+            assert_true(row.temperature > 0 || id[i] == drawn);
+            differ += id[i] != drawn;
+            if (row.likely) { /* to the bit */
+                samp_likely(got + i * SAMPLE_VOCAB, SAMPLE_VOCAB, id[i], row.n_top, &want);
+                assert_memory_equal(&likely[i], &want, offsetof(be_likely, top_id));
+                assert_memory_equal(likely[i].top_id, want.top_id, (size_t)row.n_top * sizeof *want.top_id);
+                assert_memory_equal(likely[i].top, want.top, (size_t)row.n_top * sizeof *want.top);
+            }
             op_same_bits("sampled token", fed + (SAMPLE_ROWS - 1 - i) * SAMPLE_WIDTH, rows + id[i] * SAMPLE_WIDTH,
                          SAMPLE_WIDTH);
         }
@@ -884,12 +912,16 @@ static void sampling_does_not_depend_on_the_rows_beside(void **state) {
         if (!tested[k].ops->sample)
             continue;
         open_drawing(&d, tested[k].dev, &seed);
-        int32_t id[SAMPLE_ROWS], part[SAMPLE_ROWS];
-        draw(&d, 0, SAMPLE_ROWS, id);
+        int32_t id[SAMPLE_ROWS], part[SAMPLE_ROWS], unseen[SAMPLE_ROWS];
+        be_likely likely[SAMPLE_ROWS], one[SAMPLE_ROWS];
+        draw(&d, 0, SAMPLE_ROWS, unseen, id, likely);
         for (size_t t = 0; t < ORCD_COUNT(together); t++)
             for (int first = 0; first < SAMPLE_ROWS; first += together[t]) {
-                draw(&d, first, together[t], part);
+                draw(&d, first, together[t], unseen, part, one);
                 assert_memory_equal(part, id + first, (size_t)together[t] * sizeof *id);
+                for (int i = 0; i < together[t]; i++)
+                    if (sample_of(first + i, d.edit[i]).likely)
+                        assert_memory_equal(&one[i], &likely[first + i], offsetof(be_likely, top_id));
             }
         close_drawing(&d);
     }

@@ -379,6 +379,16 @@ static void penalties__apply_once_per_token_to_their_own_part(void **state) {
     samp_close(s);
 }
 
+static void logprobs(const float *x, int32_t n_vocab, int32_t id, float *logprob, int n, int32_t *top_id, float *top) {
+    be_likely l;
+    samp_likely(x, n_vocab, id, n, &l);
+    *logprob = l.logit - samp_log_sum(&l);
+    for (int i = 0; i < n; i++) {
+        top_id[i] = l.top_id[i];
+        top[i] = l.top[i] - samp_log_sum(&l);
+    }
+}
+
 static void logprobs__sum_to_one_and_are_ordered(void **state) {
     (void)state;
     enum { N = 700 };
@@ -386,13 +396,13 @@ static void logprobs__sum_to_one_and_are_ordered(void **state) {
     int32_t top_id[20];
     double sum = 0;
     for (int i = 0; i < N; i++) {
-        samp_logprobs(x, N, i, &lp, 0, NULL, NULL);
+        logprobs(x, N, i, &lp, 0, NULL, NULL);
         sum += exp(lp);
     }
     assert_true(fabs(sum - 1) < 1e-4);
-    samp_logprobs(x, N, 3, &lp, 20, top_id, top);
+    logprobs(x, N, 3, &lp, 20, top_id, top);
     for (int i = 0; i < 20; i++) {
-        samp_logprobs(x, N, top_id[i], &lp, 0, NULL, NULL);
+        logprobs(x, N, top_id[i], &lp, 0, NULL, NULL);
         assert_true(fabsf(lp - top[i]) < 1e-6f);
         assert_true(i == 0 || top[i] <= top[i - 1]);
         for (int j = 0; j < N && i == 19; j++) {
@@ -404,7 +414,7 @@ static void logprobs__sum_to_one_and_are_ordered(void **state) {
     }
     free(x);
     float two[2] = {0, 0};
-    samp_logprobs(two, 2, 1, &lp, 5, top_id, top); /* more asked than there are */
+    logprobs(two, 2, 1, &lp, 5, top_id, top); /* more asked than there are */
     assert_true(fabsf(lp + 0.6931472f) < 1e-6f && top_id[0] == 0 && top_id[1] == 1 && top_id[2] == -1);
 }
 
@@ -480,7 +490,7 @@ static int print_hash(void) {
         p.top_k = i % 4 == 2 ? 50 : 0;
         p.min_p = i % 5 == 3 ? 0.03f : 0;
         int32_t id = draw(s, x, &p, (uint64_t)i);
-        samp_logprobs(x, N, id, &lp, 5, top_id, top);
+        logprobs(x, N, id, &lp, 5, top_id, top);
         uint32_t bits;
         memcpy(&bits, &lp, sizeof bits);
         hash = ((hash ^ (uint32_t)id) * 1099511628211u ^ bits) * 1099511628211u;

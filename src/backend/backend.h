@@ -152,13 +152,39 @@ typedef struct be_glu { /* gpt-oss: g = min(g, limit), u = clamp(u, +-limit), g 
     float alpha, limit;
 } be_glu;
 
-/* What the sampler of a device needs for one output row; see engine/sampler.h for the order of application. */
+/* A logit that is not drawn from as it is. */
+typedef struct be_edit {
+    int32_t id;
+    float bias;    /* added first */
+    int32_t n_new; /* times it was generated */
+    bool in_prompt;
+} be_edit;
+
+/* What the sampler of a device needs for one output row; see engine/sampler.h for the order of application. Zeroes are
+ * the best token and nothing else. */
 typedef struct be_sample {
     float temperature; /* 0 = greedy */
     float top_p, min_p;
     int32_t top_k;
     uint64_t seed, draw; /* Philox counter: draw-th number of the sequence */
+    const be_edit *edit; /* [n_edit], each id once */
+    int32_t n_edit;
+    bool penalties; /* these three are applied. A row whose own token is BE_TOKEN_OF was not told of it: it is generated
+                       once more than `edit` says */
+    float repetition, presence, frequency;
+    bool given; /* the next token is `id` and not drawn */
+    bool likely;
+    int32_t id, n_top; /* n_top: of be_likely, at most BE_MAX_TOP and the vocabulary */
 } be_sample;
+
+/* What the log-probability of a row's token is made of, from its logits as they were computed. */
+#define BE_MAX_TOP 20
+typedef struct be_likely {
+    float logit, max;
+    double sum; /* of exp(logit - max) over the vocabulary, in the order of engine/softmax.h */
+    int32_t top_id[BE_MAX_TOP];
+    float top[BE_MAX_TOP]; /* the n_top largest logits, lower ids first among equal ones */
+} be_likely;
 
 typedef void (*be_tap_fn)(void *ctx, const char *name, int layer, int64_t n_row, int64_t width, const float *value);
 
@@ -221,10 +247,12 @@ struct be_ops {
                 const be_weight *down, const be_glu *g, be_act *tmp, be_act *route, be_act *x);
 
     /* optional device sampling: one id per output row, without a host round trip; -1 where a logit is not a number.
-     * `sampled` waits for the oldest step with `sample` that it has not answered for; at most two are open, so that
-     * the next step can be submitted first. */
+     * `row` and what it points to stay valid until step_end returns. `sampled` waits for the oldest step with `sample`
+     * that it has not answered for; at most two are open, so that the next step can be submitted first. `likely`, which
+     * may be NULL, gets the rows that asked for it. Results are those of engine/sampler.h. */
     void (*sample)(be_step *s, const be_act *logits, const be_sample *row /* [n_out] */);
-    orcd_status (*sampled)(be_device *d, int32_t *id /* [n_out of that step] */, orcd_error *err);
+    orcd_status (*sampled)(be_device *d, int32_t *id /* [n_out of that step] */, be_likely *likely /* [n_out] */,
+                           orcd_error *err);
 
     /* optional: bytes on the device of all that was made on it and not freed: weights, activations, caches, and what
      * steps need beside them, which kv_open makes. NULL: load_bytes, kv_page_bytes and floats of activations are all.

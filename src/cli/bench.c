@@ -296,9 +296,9 @@ static orcd_status decode(bench *b, const bench_row *r, bool warm_up, uint32_t *
         if (!ahead)
             ORCD_TRY(b->dev->ops->act_read(b->dev, logits, 0, 1, b->row, err));
         else if (i)
-            ORCD_TRY(b->dev->ops->sampled(b->dev, b->id, err));
+            ORCD_TRY(b->dev->ops->sampled(b->dev, b->id, NULL, err));
     }
-    return ahead ? b->dev->ops->sampled(b->dev, b->id, err) : ORCD_OK;
+    return ahead ? b->dev->ops->sampled(b->dev, b->id, NULL, err) : ORCD_OK;
 }
 
 static int by_value(const void *a, const void *b) {

@@ -12,7 +12,6 @@
 #include "engine/prefix.h"
 
 #define MAX_BATCH 256
-#define MAX_TOP_LOGPROBS 20
 #define N_PACE 16
 #define MAX_SAVES 8 /* message boundaries of one prompt that are kept: the first two and the last six */
 

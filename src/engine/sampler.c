@@ -354,26 +354,25 @@ static void insert(float x, int32_t id, int *kept, int n, int32_t *top_id, float
     top_id[j] = id;
 }
 
-void samp_logprobs(const float *logits, int32_t n_vocab, int32_t id, float *logprob, int n, int32_t *top_id,
-                   float *top) {
+void samp_likely(const float *logits, int32_t n_vocab, int32_t id, int n, be_likely *out) {
     const softmax_ops *ops = softmax_for(cpu_tier_best());
-    float max = ops->peaks(logits, n_vocab, NULL);
-    float lse = max + (float)log(ops->sum(logits, n_vocab, max, 1, NULL));
-    *logprob = id >= 0 && id < n_vocab ? logits[id] - lse : -INFINITY;
+    out->logit = id >= 0 && id < n_vocab ? logits[id] : -INFINITY;
+    out->max = ops->peaks(logits, n_vocab, NULL);
+    out->sum = ops->sum(logits, n_vocab, out->max, 1, NULL);
     int kept = 0;
     for (int b = 0; n > 0 && b * SOFTMAX_BLOCK < n_vocab; b++) {
         const float *block = logits + b * SOFTMAX_BLOCK;
         int len = block_len(n_vocab, b);
-        if (kept == n && !(ops->peaks(block, len, NULL) > top[n - 1]))
+        if (kept == n && !(ops->peaks(block, len, NULL) > out->top[n - 1]))
             continue;
         for (int i = 0; i < len; i++)
-            if (kept < n || block[i] > top[n - 1])
-                insert(block[i], b * SOFTMAX_BLOCK + i, &kept, n, top_id, top);
+            if (kept < n || block[i] > out->top[n - 1])
+                insert(block[i], b * SOFTMAX_BLOCK + i, &kept, n, out->top_id, out->top);
     }
-    for (int j = 0; j < kept; j++)
-        top[j] -= lse;
     for (int j = kept; j < n; j++) {
-        top_id[j] = -1;
-        top[j] = -INFINITY;
+        out->top_id[j] = -1;
+        out->top[j] = -INFINITY;
     }
 }
+
+float samp_log_sum(const be_likely *l) { return l->max + (float)log(l->sum); }

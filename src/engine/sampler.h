@@ -1,14 +1,14 @@
-/* engine/sampler.h: from logits to one token. May include base. Order of application: logit bias, repetition, presence
- * and frequency penalties on the raw logits, mask; then temperature, top-k, top-p, min-p, draw. Temperature 0 is the
- * argmax (lowest id on ties) and skips everything after the mask. Draws come from Philox(seed, draw index) and run
- * through what is left in order of id. */
+/* engine/sampler.h: from logits to one token. May include base and backend. Order of application: logit bias,
+ * repetition, presence and frequency penalties on the raw logits, mask; then temperature, top-k, top-p, min-p, draw.
+ * Temperature 0 is the argmax (lowest id on ties) and skips everything after the mask. Draws come from Philox(seed,
+ * draw index) and run through what is left in order of id. */
 #ifndef ORCD_ENGINE_SAMPLER_H
 #define ORCD_ENGINE_SAMPLER_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-#include "base/status.h"
+#include "backend/backend.h"
 
 typedef struct samp_params {
     float temperature;        /* 0..2; 0 = greedy */
@@ -42,8 +42,9 @@ typedef struct samp_input {
 
 /* ORCD_ERR_INTERNAL when the logits hold NaN or nothing is allowed ("numerical error"). */
 orcd_status samp_draw(samp *s, const samp_input *in, int32_t *id, orcd_error *err) ORCD_MUST_USE;
-/* Log-probability of `id` and of the n best under the unmodified logits. */
-void samp_logprobs(const float *logits, int32_t n_vocab, int32_t id, float *logprob, int n, int32_t *top_id,
-                   float *top);
+/* Of `id` and of the n best, at most BE_MAX_TOP, under the unmodified logits; where there are fewer, ids are -1. */
+void samp_likely(const float *logits, int32_t n_vocab, int32_t id, int n, be_likely *out);
+/* The logarithm of what likelihoods add up to: a log-probability is a logit less it. */
+float samp_log_sum(const be_likely *l);
 
 #endif

@@ -427,7 +427,7 @@ static void measure(eng *e, const flight *f) {
 static orcd_status read_open(eng *e, orcd_error *err) {
     double t0 = eng_now();
     e->open = NULL;
-    orcd_status st = e->dev->ops->sampled(e->dev, e->sampled, err);
+    orcd_status st = e->dev->ops->sampled(e->dev, e->sampled, NULL, err);
     e->in_model += eng_now() - t0;
     return st;
 }

@@ -52,9 +52,9 @@ static orcd_status check(const eng *e, const eng_request *r, orcd_error *err) {
         if (r->bias_id[i] >= (uint32_t)e->cfg.n_vocab || !(fabsf(r->bias[i]) <= 1000))
             return orcd_fail(err, ORCD_ERR_ARG, "logit_bias of token %u is %g; ids go to %d, values from -1000 to 1000",
                              r->bias_id[i], (double)r->bias[i], e->cfg.n_vocab - 1);
-    if (r->top_logprobs < -1 || r->top_logprobs > MAX_TOP_LOGPROBS)
+    if (r->top_logprobs < -1 || r->top_logprobs > BE_MAX_TOP)
         return orcd_fail(err, ORCD_ERR_ARG, "top_logprobs is %d; expected -1 (none) to %d", r->top_logprobs,
-                         MAX_TOP_LOGPROBS);
+                         BE_MAX_TOP);
     if (r->on_prompt && r->top_logprobs < 0)
         return orcd_fail(err, ORCD_ERR_ARG, "log-probabilities of the prompt need top_logprobs");
     return check_range("the deadline in seconds", r->deadline_s, 0, 1e9, err);
@@ -251,17 +251,18 @@ orcd_status seq_draw(eng *e, const seq *s, const float *logits, int32_t *id, orc
 }
 
 static void look_up(const eng *e, const seq *s, int32_t id, const float *logits, eng_token *t, eng_logprob *best) {
-    float top[MAX_TOP_LOGPROBS];
-    int32_t top_id[MAX_TOP_LOGPROBS];
+    be_likely l;
     t->top = best;
     t->n_top = s->r.top_logprobs < e->cfg.n_vocab ? s->r.top_logprobs : e->cfg.n_vocab;
-    samp_logprobs(logits, e->cfg.n_vocab, id, &t->logprob, t->n_top, top_id, top);
+    samp_likely(logits, e->cfg.n_vocab, id, t->n_top, &l);
+    float all = samp_log_sum(&l);
+    t->logprob = l.logit - all;
     for (int i = 0; i < t->n_top; i++)
-        best[i] = (eng_logprob){top_id[i], top[i]};
+        best[i] = (eng_logprob){l.top_id[i], l.top[i] - all};
 }
 
 void seq_score(eng *e, seq *s, int32_t at, const float *logits) {
-    eng_logprob best[MAX_TOP_LOGPROBS];
+    eng_logprob best[BE_MAX_TOP];
     eng_token t = {.id = s->token[at], .index = at, .logprob = NAN, .top = best};
     if (at != s->n_scored) /* told before it gave way to others */
         return;
@@ -274,7 +275,7 @@ void seq_score(eng *e, seq *s, int32_t at, const float *logits) {
 }
 
 bool seq_take(eng *e, seq *s, int32_t id, const float *logits, eng_stop *why) {
-    eng_logprob best[MAX_TOP_LOGPROBS];
+    eng_logprob best[BE_MAX_TOP];
     eng_token t = {.top = best};
     if (s->r.top_logprobs >= 0 && logits)
         look_up(e, s, id, logits, &t, best);

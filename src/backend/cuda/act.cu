@@ -295,15 +295,15 @@ static orcd_status reserve_batch(cuda_dev *d, int max_tok, int max_out, orcd_err
         return ORCD_OK;
     cuda_graphs_drop(d, NULL); /* they read the old addresses */
     cuda_free(d, d->arr.batch);
-    if (d->arr.host_id)
-        cudaFreeHost(d->arr.host_id);
+    if (d->arr.likely)
+        cudaFreeHost(d->arr.likely);
     d->arr = cuda_arrays{};
     max_tok = max_tok > d->max_tok ? max_tok : d->max_tok;
     max_out = max_out > d->max_out ? max_out : d->max_out;
     d->max_tok = d->max_out = 0;
     const size_t tok = (size_t)round_up(max_tok, 64), outs = (size_t)round_up(max_out, 64);
     uint8_t *p;
-    ORCD_TRY(cuda_alloc(d, &p, 256 + tok * (4 * 4 + sizeof(cuda_tile)) + outs * (2 * 4 + sizeof(be_sample)),
+    ORCD_TRY(cuda_alloc(d, &p, 256 + tok * (4 * 4 + sizeof(cuda_tile)) + outs * (3 * 4 + sizeof(be_sample)),
                         "the batch arrays", err));
     d->arr.batch = (cuda_batch *)p;
     p += 256;
@@ -316,10 +316,13 @@ static orcd_status reserve_batch(cuda_dev *d, int max_tok, int max_out, orcd_err
         *field[i] = (int32_t *)p;
     d->arr.out_row = (int32_t *)p;
     d->arr.id = (int32_t *)(p + outs * 4);
+    d->arr.unseen = (int32_t *)(p + 2 * outs * 4);
     ORCD_TRY(cuda_fill(d, d->arr.batch, 0, 256, "the batch arrays", err));
     ORCD_TRY(cuda_fill(d, d->arr.id, 0, outs * 4, "the batch arrays", err));
     if (!d->dry)
-        CUDA_TRY(d, "pinning the sampled ids", cudaMallocHost((void **)&d->arr.host_id, 2 * outs * 4));
+        CUDA_TRY(d, "pinning the sampled ids",
+                 cudaMallocHost((void **)&d->arr.likely, 2 * outs * (sizeof(be_likely) + 4)));
+    d->arr.host_id = (int32_t *)(d->arr.likely + 2 * outs);
     d->arr.max_id = (int)outs;
     d->max_tok = max_tok;
     d->max_out = max_out;

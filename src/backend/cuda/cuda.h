@@ -131,8 +131,10 @@ struct cuda_arrays { /* device copies, at fixed addresses */
     int32_t *token, *pos, *slot, *out_row, *one;
     cuda_tile *tile;
     be_sample *sample;
-    int32_t *id;      /* sampled by the last step, [max_id] */
-    int32_t *host_id; /* the same for the host, in its memory: [2][max_id], steps in turn */
+    int32_t *id;       /* sampled by the last step, [max_id] */
+    int32_t *unseen;   /* of them, the token of each output row that the host has not seen, else -1, [max_id] */
+    int32_t *host_id;  /* ids for the host, in its memory: [2][max_id], steps in turn */
+    be_likely *likely; /* likewise */
     int max_id;
 };
 
@@ -196,7 +198,7 @@ struct cuda_step {
     bool samples, taps;
     int group;        /* query heads that share a KV head, at most */
     orcd_error error; /* of recording; code ORCD_OK = none */
-    be_sample *sample;
+    const be_sample *sample;
 };
 
 #define CUDA_N_FREQ 8
@@ -356,7 +358,7 @@ void cuda_moe(be_step *s, const be_norm *n, const be_weight *router, int top_k, 
 void cuda_gather_out(be_step *s, const be_act *x, be_act *y);
 void cuda_tap(be_step *s, const char *name, int layer, const be_act *a, be_tap_fn fn, void *ctx);
 void cuda_sample(be_step *s, const be_act *logits, const be_sample *row);
-orcd_status cuda_sampled(be_device *d, int32_t *id, orcd_error *err);
+orcd_status cuda_sampled(be_device *d, int32_t *id, be_likely *likely, orcd_error *err);
 
 /* For tests, which must know that the fused step is what they tested. */
 int cuda_n_fused(const be_device *d);

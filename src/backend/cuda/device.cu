@@ -153,7 +153,7 @@ static void dev_close(be_device *base) {
     for (int i = 0; i < CUDA_N_FREQ; i++)
         cuda_free(d, d->freq[i].dev);
     cuda_free(d, d->flag);
-    free_host(d->arr.host_id);
+    free_host(d->arr.likely);
     cuda_free(d, d->arr.batch);
     for (auto &ids : d->ids) {
         if (ids.ready)
@@ -164,7 +164,6 @@ static void dev_close(be_device *base) {
     if (d->stream)
         cudaStreamDestroy(d->stream);
     free(d->step.cmd);
-    free(d->step.sample);
     free(d->block);
     if (!d->dry)
         cudaGetLastError();

@@ -4,7 +4,8 @@
  * together: weights exp((x - max) / T) are integers of 2^-40, so that sums have no order and ids do not depend on how
  * many blocks there are; top-k and top-p look for the last value kept in the order (larger value, lower id), first its
  * bucket of a histogram, then its part of that bucket, then itself among what is in there. The draw is
- * Philox(seed, draw) against the kept weights in order of id. */
+ * Philox(seed, draw) against the kept weights in order of id. Before it log-probabilities take what they are made of,
+ * then bias and penalties change the logits, until the draw is done. */
 #include <cooperative_groups.h>
 
 #include "backend/cuda/cuda.h"
@@ -83,6 +84,10 @@ static __global__ __launch_bounds__(256) void best_kernel(cuda_arrays a, const f
     const int row = blockIdx.y;
     if (row >= a.batch->n_out)
         return;
+    if (blockIdx.x == 0 && threadIdx.x == 0) { /* drawing replaces ids */
+        const int32_t token = a.token[a.out_row[row]];
+        a.unseen[row] = token < 0 ? a.id[-1 - token] : -1;
+    }
     const int per = (n + CUDA_SAMPLE_PARTS - 1) / CUDA_SAMPLE_PARTS, from = blockIdx.x * per, to = min(n, from + per);
     uint64_t top = 0;
     for (int i = from + threadIdx.x; i < to; i += 256) {
@@ -115,7 +120,8 @@ struct draw_state { /* of one block, in shared memory */
     unsigned long long bucket[N_BUCKET];
     uint64_t list[N_LIST];
     uint64_t chunk[DRAW_THREADS], part[32], cut, sum;
-    int n_list, where;
+    int n_list, where, changed; /* changed: a token that is in no edit, else -1 */
+    float was;                  /* its logit */
 };
 
 struct draw_row {
@@ -272,6 +278,148 @@ static __device__ uint64_t select_cut(draw_state *s, const draw_row &r, int k, f
     return lo;
 }
 
+/* ---- log-probabilities ---- */
+
+/* exp of values <= 0, to the bit as engine/softmax.h has it. */
+static __device__ __forceinline__ float exp_neg(float x) {
+    const float round = 12582912.f, clamped = fmaxf(x, -200.f);
+    const float shifted = __fadd_rn(__fmul_rn(clamped, 1.44269504f), round), k = __fsub_rn(shifted, round);
+    const float r = __fsub_rn(__fsub_rn(clamped, __fmul_rn(k, 0.693359375f)), __fmul_rn(k, -2.12194440e-4f));
+    float p = __fadd_rn(__fmul_rn(r, 1.9875691e-4f), 1.3981999e-3f);
+    p = __fadd_rn(__fmul_rn(p, r), 8.3334519e-3f);
+    p = __fadd_rn(__fmul_rn(p, r), 4.1665796e-2f);
+    p = __fadd_rn(__fmul_rn(p, r), 1.6666666e-1f);
+    p = __fadd_rn(__fmul_rn(p, r), 5.0000001e-1f);
+    p = __fadd_rn(__fadd_rn(__fmul_rn(__fmul_rn(p, r), r), r), 1.f);
+    return __fmul_rn(p, __int_as_float(max(__float_as_int(shifted) - 0x4b400000 + 127, 0) << 23));
+}
+
+/* Sum of exp(x - max), for the first thread of the first block: 16 lanes for 256 values, then in order. */
+static __device__ double sum_exp(draw_state *s, const draw_row &r) {
+    const int lane = threadIdx.x % 16, n_warp = DRAW_THREADS / 32, n_part = (r.n + 255) / 256;
+    double all = 0;
+    for (int first = 0; first < n_part; first += DRAW_THREADS) {
+        const int end = min(n_part, first + DRAW_THREADS);
+        for (int two = first + 2 * (blockIdx.x * n_warp + threadIdx.x / 32); two < end; two += 2 * gridDim.x * n_warp) {
+            const int part = two + threadIdx.x % 32 / 16;
+            float v[16], sum = 0;
+#pragma unroll
+            for (int k = 0; k < 16; k++) {
+                const int i = part * 256 + k * 16 + lane;
+                v[k] = i < r.n ? r.x[i] : -INFINITY;
+            }
+#pragma unroll
+            for (int k = 0; k < 16; k++)
+                sum = __fadd_rn(sum, exp_neg(__fsub_rn(v[k], r.max)));
+            sum = __fadd_rn(sum, __shfl_down_sync(~0u, sum, 8, 16));
+            sum = __fadd_rn(sum, __shfl_down_sync(~0u, sum, 4, 16));
+            const double pair = (double)sum + (double)__shfl_down_sync(~0u, sum, 1, 16);
+            const double both = pair + __shfl_down_sync(~0u, pair, 2, 16);
+            if (lane == 0 && part < end)
+                *of_block(&s->chunk[part - first], 0) = (uint64_t)__double_as_longlong(both);
+        }
+        row_sync();
+        if (blockIdx.x == 0 && threadIdx.x == 0)
+            for (int c = 0; c < end - first; c++)
+                all += __longlong_as_double((int64_t)s->chunk[c]);
+        row_sync();
+    }
+    return all;
+}
+
+static __device__ void tell_likely(draw_state *s, const draw_row &r, int n_top, be_likely *to) {
+    const int tid = threadIdx.x;
+    const double sum = sum_exp(s, r);
+    if (n_top > 0) {
+        const uint64_t cut = select_cut(s, r, n_top, 0);
+        if (tid == 0)
+            s->n_list = 0;
+        row_sync();
+        r.each<DRAW_THREADS>(r.from + tid, r.to, [&](int i, float x) {
+            if (order_of(x, i) >= cut)
+                *of_block(&s->list[atomicAdd(of_block(&s->n_list, 0), 1)], 0) = order_of(x, i);
+        });
+        row_sync();
+    }
+    if (blockIdx.x > 0)
+        return;
+    if (tid == 0) {
+        to->max = r.max;
+        to->sum = sum;
+    }
+    if (tid < n_top) {
+        const uint64_t own = s->list[tid];
+        int at = 0;
+        for (int j = 0; j < n_top; j++)
+            at += s->list[j] > own;
+        to->top_id[at] = id_of(own);
+        to->top[at] = value_of(own);
+    }
+}
+
+/* ---- bias and penalties, by the first block ---- */
+
+static __device__ float edited(float v, const be_edit &e, const be_sample &p) {
+    v = __fadd_rn(v, e.bias);
+    if (!p.penalties)
+        return v;
+    if (e.in_prompt || e.n_new > 0)
+        v = v > 0.f ? __fdiv_rn(v, p.repetition) : __fmul_rn(v, p.repetition);
+    if (e.n_new > 0)
+        v = __fsub_rn(v, __fadd_rn(p.presence, __fmul_rn(p.frequency, (float)e.n_new)));
+    return v;
+}
+
+/* Each entry keeps in `bias` what it changes. unseen: a token more that was generated, or -1. */
+static __device__ void edit(draw_state *s, float *x, const be_sample &p, int unseen) {
+    be_edit *list = (be_edit *)p.edit;
+    bool listed = unseen < 0;
+    for (int k = threadIdx.x; k < p.n_edit; k += DRAW_THREADS) {
+        be_edit e = list[k];
+        listed |= e.id == unseen;
+        e.n_new += e.id == unseen;
+        const float was = x[e.id];
+        x[e.id] = edited(was, e, p);
+        list[k].bias = was;
+    }
+    listed = __syncthreads_or(listed);
+    if (threadIdx.x > 0)
+        return;
+    s->changed = listed ? -1 : unseen;
+    if (!listed) {
+        s->was = x[unseen];
+        x[unseen] = edited(s->was, be_edit{unseen, 0.f, 1, false}, p);
+    }
+}
+
+static __device__ void take_back(const draw_state *s, float *x, const be_sample &p) {
+    for (int k = threadIdx.x; k < p.n_edit; k += DRAW_THREADS)
+        x[p.edit[k].id] = p.edit[k].bias;
+    if (threadIdx.x == 0 && s->changed >= 0)
+        x[s->changed] = s->was;
+    __syncthreads();
+}
+
+static __device__ uint64_t best_of_row(draw_state *s, const draw_row &r) {
+    uint64_t top = 0;
+    r.each<DRAW_THREADS>(r.from + threadIdx.x, r.to, [&](int i, float x) {
+        const uint64_t o = order_of(x, i);
+        top = o > top ? o : top;
+    });
+    top = max_of_block(top, s->part);
+    if (threadIdx.x == 0)
+        s->cut = top;
+    row_sync();
+    for (int b = 0; b < (int)gridDim.x; b++) {
+        const uint64_t o = *of_block(&s->cut, b);
+        top = o > top ? o : top;
+    }
+    row_sync();
+    return top;
+}
+
+/* ---- the draw ---- */
+
 /* The first block's s->chunk: sums of the kept weights of `per` consecutive ids each. */
 static __device__ void sum_chunks(draw_state *s, const draw_row &r, int per) {
     const int lane = threadIdx.x % 32, n_warp = DRAW_THREADS / 32;
@@ -314,43 +462,61 @@ static __device__ int draw_among(draw_state *s, const draw_row &r, int per, cons
     return s->where;
 }
 
-static __device__ void answer(const cuda_arrays &a, int row, int id) {
-    a.id[row] = id;
-    a.host_id[a.batch->id_part * a.max_id + row] = id;
+/* The id, for the first block. top: the best. */
+static __device__ int draw(draw_state *s, draw_row &r, const be_sample &p, uint64_t top) {
+    r.max = value_of(top);
+    r.inv_t = 1.f / p.temperature;
+    if (!isfinite(r.max))
+        return -1;
+    if (p.temperature <= 0.f || p.top_k == 1 || p.top_p <= 0.f || !isfinite(r.inv_t))
+        return id_of(top);
+    if (p.top_k > 0 && p.top_k < r.n)
+        r.cut = select_cut(s, r, p.top_k, 0);
+    if (p.top_p < 1.f)
+        r.cut = select_cut(s, r, 0, p.top_p);
+    r.min_p = p.min_p;
+    const int per = (r.n + DRAW_THREADS - 1) / DRAW_THREADS;
+    sum_chunks(s, r, per);
+    return blockIdx.x ? -1 : draw_among(s, r, per, p);
 }
 
-static __global__ __launch_bounds__(DRAW_THREADS) void draw_kernel(cuda_arrays a, const float *logits, int n,
+static __global__ __launch_bounds__(DRAW_THREADS) void draw_kernel(cuda_arrays a, float *logits, int n,
                                                                    const uint64_t *best) {
     extern __shared__ __align__(16) uint8_t shared[];
     draw_state *s = (draw_state *)shared;
     pdl_launch();
     row_sync(); /* the others' shared memory is there */
     pdl_wait();
-    const int row = blockIdx.y, tid = threadIdx.x;
+    const int row = blockIdx.y, tid = threadIdx.x, at = a.batch->id_part * a.max_id + row;
     if (row >= a.batch->n_out)
         return;
     const be_sample p = a.sample[row];
-    const uint64_t top = max_of_block(tid < CUDA_SAMPLE_PARTS ? best[row * CUDA_SAMPLE_PARTS + tid] : 0, s->part);
-    const float max = value_of(top);
-    if (p.temperature <= 0.f || p.top_k == 1 || p.top_p <= 0.f || !isfinite(1.f / p.temperature) || !isfinite(max)) {
-        if (blockIdx.x == 0 && tid == 0)
-            answer(a, row, isfinite(max) ? id_of(top) : -1);
-        return;
+    uint64_t top = max_of_block(tid < CUDA_SAMPLE_PARTS ? best[row * CUDA_SAMPLE_PARTS + tid] : 0, s->part);
+    const int share = (n + gridDim.x - 1) / gridDim.x, from = min(n, (int)blockIdx.x * share);
+    float *x = logits + (int64_t)row * n;
+    draw_row r = {x, n, from, min(n, from + share), value_of(top), 0, 0, 0};
+    const bool likely = p.likely && isfinite(r.max);
+    if (likely)
+        tell_likely(s, r, p.n_top, &a.likely[at]);
+    int id = isfinite(r.max) ? p.id : -1;
+    if (!p.given) {
+        const int unseen = p.penalties ? a.unseen[row] : -1;
+        const bool edits = isfinite(r.max) && (p.n_edit > 0 || unseen >= 0);
+        if (edits) {
+            if (blockIdx.x == 0)
+                edit(s, x, p, unseen);
+            row_sync();
+            top = best_of_row(s, r);
+        }
+        id = draw(s, r, p, top);
+        if (edits && blockIdx.x == 0)
+            take_back(s, x, p);
     }
-    const int share = (n + gridDim.x - 1) / gridDim.x, per = (n + DRAW_THREADS - 1) / DRAW_THREADS;
-    const int from = min(n, (int)blockIdx.x * share);
-    draw_row r = {logits + (int64_t)row * n, n, from, min(n, from + share), max, 1.f / p.temperature, 0, 0};
-    if (p.top_k > 0 && p.top_k < n)
-        r.cut = select_cut(s, r, p.top_k, 0);
-    if (p.top_p < 1.f)
-        r.cut = select_cut(s, r, 0, p.top_p);
-    r.min_p = p.min_p;
-    sum_chunks(s, r, per);
-    if (blockIdx.x > 0)
-        return;
-    const int id = draw_among(s, r, per, p);
-    if (tid == 0)
-        answer(a, row, id);
+    if (blockIdx.x == 0 && tid == 0) {
+        a.id[row] = a.host_id[at] = id;
+        if (likely && id >= 0)
+            a.likely[at].logit = x[id];
+    }
 }
 
 /* As many blocks for each row as run at once. */
@@ -368,5 +534,5 @@ void cuda_run_sample(cuda_run *r, const cuda_cmd *c) {
     cuda_launch(r, best_kernel, dim3(CUDA_SAMPLE_PARTS, rows), dim3(256), 0, r->dev->arr, (const float *)c->x->f32, n,
                 best);
     cuda_launch_clusters(r, draw_kernel, dim3(blocks, rows), blocks, dim3(DRAW_THREADS), sizeof(draw_state),
-                         r->dev->arr, (const float *)c->x->f32, n, (const uint64_t *)best);
+                         r->dev->arr, c->x->f32, n, (const uint64_t *)best);
 }

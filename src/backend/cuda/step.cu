@@ -257,12 +257,7 @@ void cuda_sample(be_step *base, const be_act *logits, const be_sample *row) {
     cuda_cmd *c = record(base, CUDA_OP_SAMPLE);
     c->x = (cuda_act *)logits;
     s->samples = true;
-    free(s->sample);
-    s->sample = (be_sample *)malloc((size_t)(base->batch.n_out + 1) * sizeof *row);
-    if (s->sample)
-        memcpy(s->sample, row, (size_t)base->batch.n_out * sizeof *row);
-    else
-        orcd_fail(&s->error, ORCD_ERR_NOMEM, "out of memory while recording a step");
+    s->sample = row;
 }
 
 /* ---- the upload: one block of words in pinned host memory, fetched and spread by the step's first kernel: a copy
@@ -378,7 +373,11 @@ static orcd_status fill_upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, int
     const be_batch *b = &s->base.batch;
     cuda_kv *kv = (cuda_kv *)s->base.kv;
     const int n_map = kv ? kv->n_map : 0, tok = b->n_tok;
-    const size_t words = upload_words(tok, b->n_out, (size_t)n_map * 3);
+    const int32_t outs = s->samples ? b->n_out : 0;
+    size_t edits = 0;
+    for (int32_t i = 0; i < outs; i++)
+        edits += (size_t)s->sample[i].n_edit;
+    const size_t words = upload_words(tok, b->n_out, (size_t)n_map * 3 + edits * sizeof(be_edit) / 4);
     int32_t *host = NULL;
     ORCD_TRY(staging(d, words, &host, err));
     cuda_batch *h = (cuda_batch *)host;
@@ -397,10 +396,11 @@ static orcd_status fill_upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, int
         memcpy(host + at, b->out_row, (size_t)b->n_out * 4);
     at += b->n_out;
     at += at & 1; /* samples hold 64-bit numbers */
+    be_sample *sample = (be_sample *)(host + at);
     if (s->samples) {
         h->off_sample = at;
-        memcpy(host + at, s->sample, (size_t)b->n_out * sizeof(be_sample));
-        at += b->n_out * (int32_t)(sizeof(be_sample) / 4);
+        memcpy(sample, s->sample, (size_t)b->n_out * sizeof *sample);
+        at += b->n_out * (int32_t)(sizeof *sample / 4);
     }
     h->off_one = at;
     h->off_tile = at + tok;
@@ -415,7 +415,14 @@ static orcd_status fill_upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, int
         memcpy(host + at, kv->map, (size_t)n_map * sizeof *kv->map);
         kv->n_map = 0;
     }
-    *n_word = at + 3 * n_map;
+    at += 3 * n_map;
+    *n_word = at;
+    be_edit *edit = (be_edit *)(host + (at + 3) / 4 * 4); /* used where they are, in host memory */
+    for (int32_t i = 0; i < outs; edit += sample[i++].n_edit) {
+        if (sample[i].n_edit)
+            memcpy(edit, sample[i].edit, (size_t)sample[i].n_edit * sizeof *edit);
+        sample[i].edit = edit;
+    }
     *shape = {tok > GRAPH_MAX_ROWS ? tok : bucket(tok), tok > GRAPH_MAX_ROWS ? b->n_out : bucket(b->n_out),
               h->n_one ? reach : 1, bucket(h->n_one), bucket(h->n_tile)};
     h->id_part = (d->id_first + d->n_id_open) % 2;
@@ -610,7 +617,7 @@ orcd_status cuda_step_end(be_step *base, orcd_error *err) {
     return st;
 }
 
-orcd_status cuda_sampled(be_device *base, int32_t *id, orcd_error *err) {
+orcd_status cuda_sampled(be_device *base, int32_t *id, be_likely *likely, orcd_error *err) {
     cuda_dev *d = (cuda_dev *)base;
     if (d->n_id_open == 0)
         return orcd_fail(err, ORCD_ERR_ARG, "no step has sampled ids that were not read yet");
@@ -619,6 +626,9 @@ orcd_status cuda_sampled(be_device *base, int32_t *id, orcd_error *err) {
     d->n_id_open--;
     CUDA_TRY(d, "waiting for a step", cudaEventSynchronize(ids->ready));
     ORCD_TRY(cuda_host_check(d, err));
-    memcpy(id, d->arr.host_id + (ids - d->ids) * d->arr.max_id, (size_t)ids->n * 4);
+    const ptrdiff_t at = (ids - d->ids) * d->arr.max_id;
+    memcpy(id, d->arr.host_id + at, (size_t)ids->n * sizeof *id);
+    if (likely)
+        memcpy(likely, d->arr.likely + at, (size_t)ids->n * sizeof *likely);
     return ORCD_OK;
 }
