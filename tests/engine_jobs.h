@@ -26,6 +26,7 @@ typedef struct job {
     int n_out, n_done, n_prefill_calls, n_scored;
     float score[400]; /* log-probabilities of the prompt */
     float logprob, top_sum;
+    uint64_t told; /* a hash of all log-probabilities */
     pthread_mutex_t lock;
     pthread_cond_t cond;
     /* what on_token does */
@@ -39,6 +40,12 @@ typedef struct job {
     eng_ticket ticket;
 } job;
 
+static inline void hash_logprob(uint64_t *hash, int32_t id, float logprob) {
+    uint32_t bits;
+    memcpy(&bits, &logprob, sizeof bits);
+    *hash = ((*hash ^ (uint32_t)id) * 1099511628211u ^ bits) * 1099511628211u;
+}
+
 static inline eng_verdict on_token(void *ctx, const eng_token *t) {
     job *j = ctx;
     eng_verdict v = {ENG_GO, NULL, 0};
@@ -48,8 +55,11 @@ static inline eng_verdict on_token(void *ctx, const eng_token *t) {
     j->out[j->n_out++] = t->id;
     j->logprob = t->logprob;
     j->top_sum = 0;
-    for (int i = 0; i < t->n_top; i++)
+    hash_logprob(&j->told, t->id, t->logprob);
+    for (int i = 0; i < t->n_top; i++) {
         j->top_sum += expf(t->top[i].logprob);
+        hash_logprob(&j->told, t->top[i].id, t->top[i].logprob);
+    }
     if (j->count_from && t->index == j->count_from)
         j->n_alloc_from = atomic_load(&n_alloc);
     if (j->count_from)
@@ -191,6 +201,8 @@ static inline void assert_same(const job *a, const job *b) {
         if (a->out[i] != b->out[i])
             fail_msg("token %d of %d differs: %d and %d (cached %d and %d)", i, a->n_out, a->out[i], b->out[i],
                      a->result.n_cached, b->result.n_cached);
+    if (a->told != b->told)
+        fail_msg("log-probabilities of %d tokens differ", a->n_out);
 }
 
 static inline void assert_idle(eng *e) {

@@ -1,5 +1,6 @@
 /* The engine one step ahead of a device that samples: the CPU or reference backend behind a queue of two steps. */
 #include "engine_jobs.h"
+#include "host_draw.h"
 
 static be_ops faulty;
 static const be_ops *sound;
@@ -8,8 +9,9 @@ static orcd_status fault;
 static struct {
     samp *samp;
     const be_act *logits;
-    be_sample row[64];
-    int32_t token[256], last[64], id[2][64];
+    const be_sample *row;
+    int32_t token[256], last[64], unseen[64], id[2][64];
+    be_likely likely[2][64];
     int n_out, n_id[2], n_open, most_open, nan_at;
 } dev;
 
@@ -17,6 +19,8 @@ static orcd_status dev_begin(be_device *d, be_kv *kv, const be_batch *b, be_step
     be_batch known = *b;
     for (int i = 0; i < b->n_tok; i++)
         dev.token[i] = b->token[i] < 0 ? dev.last[-1 - b->token[i]] : b->token[i];
+    for (int k = 0; k < b->n_out; k++)
+        dev.unseen[k] = b->token[b->out_row[k]] < 0 ? dev.token[b->out_row[k]] : -1;
     known.token = dev.token;
     dev.logits = NULL;
     dev.n_out = b->n_out;
@@ -26,7 +30,7 @@ static orcd_status dev_begin(be_device *d, be_kv *kv, const be_batch *b, be_step
 static void dev_sample(be_step *s, const be_act *logits, const be_sample *row) {
     (void)s;
     dev.logits = logits;
-    memcpy(dev.row, row, (size_t)dev.n_out * sizeof *row);
+    dev.row = row;
 }
 
 static orcd_status dev_end(be_step *s, orcd_error *err) {
@@ -39,10 +43,10 @@ static orcd_status dev_end(be_step *s, orcd_error *err) {
     assert_true(dev.n_open < 2);
     for (int k = 0; k < dev.n_out; k++) {
         const be_sample *r = &dev.row[k];
-        samp_params p = SAMP_DEFAULTS;
-        p.temperature = r->temperature, p.top_p = r->top_p, p.min_p = r->min_p, p.top_k = r->top_k, p.seed = r->seed;
-        samp_input in = {.logits = sound->act_host(d, dev.logits) + k * 512, .params = &p, .draw = r->draw};
-        assert_int_equal(samp_draw(dev.samp, &in, &dev.last[k], err), ORCD_OK);
+        const float *logits = sound->act_host(d, dev.logits) + k * 512;
+        dev.last[k] = host_draw(dev.samp, r, logits, dev.unseen[k]);
+        if (r->likely)
+            samp_likely(logits, 512, dev.last[k], r->n_top, &dev.likely[dev.n_open][k]);
         dev.id[dev.n_open][k] = dev.nan_at && (int)r->draw == dev.nan_at ? -1 : dev.last[k];
     }
     dev.n_id[dev.n_open++] = dev.n_out;
@@ -51,10 +55,13 @@ static orcd_status dev_end(be_step *s, orcd_error *err) {
 }
 
 static orcd_status dev_sampled(be_device *d, int32_t *id, be_likely *likely, orcd_error *err) {
-    (void)d, (void)likely, (void)err;
+    (void)d, (void)err;
     assert_true(dev.n_open > 0);
     memcpy(id, dev.id[0], (size_t)dev.n_id[0] * sizeof *id);
+    if (likely)
+        memcpy(likely, dev.likely[0], (size_t)dev.n_id[0] * sizeof *likely);
     memcpy(dev.id[0], dev.id[1], sizeof dev.id[0]);
+    memcpy(dev.likely[0], dev.likely[1], sizeof dev.likely[0]);
     dev.n_id[0] = dev.n_id[1];
     dev.n_open--;
     return ORCD_OK;
@@ -84,12 +91,14 @@ static void close_sampling_device(eng *e) {
     samp_close(dev.samp);
 }
 
-/* Verdicts, logprobs and host-only features sprinkled in. */
+/* Verdicts, penalties, bias and log-probabilities sprinkled in. */
 static job *eventful_job(int i, int32_t prompt[400]) {
     static const int32_t forced[] = {7, 300, 7};
-    static const uint32_t bias_id[] = {9};
-    static const float bias[] = {3};
+    static const uint32_t bias_id[] = {9, 300, 4, 9};
+    static const float bias[] = {3, 1, -100, 0.5f};
+    static const uint32_t some[512 / 32] = {0xfffffff0, 0xffff, 0, 0xff00ff00};
     job *j = mixed_job(i, prompt);
+    samp_params *p = &j->r.sampling;
     if (i % 5 == 1) {
         j->force_at = 3;
         j->force = forced;
@@ -102,10 +111,16 @@ static job *eventful_job(int i, int32_t prompt[400]) {
         j->force = forced;
         j->n_force = 1 + i % 2;
     }
-    if (i < 12 && i % 5 == 3) /* the rest never needs the host before the next step */
-        j->r.top_logprobs = 3;
-    if (i < 12 && i % 5 == 4)
-        j->r.bias_id = bias_id, j->r.bias = bias, j->r.n_bias = 1;
+    if (i % 5 == 3)
+        j->r.top_logprobs = i % 4 * 6;
+    if (i % 5 == 4)
+        j->r.bias_id = bias_id, j->r.bias = bias, j->r.n_bias = 4;
+    if (i % 3 == 1)
+        p->repetition_penalty = i % 2 ? 1.3f : 0.8f;
+    if (i % 8 >= 5)
+        p->presence_penalty = i % 8 == 6 ? -2 : 0.5f, p->frequency_penalty = i % 8 == 6 ? -2 : 0.25f;
+    if (i < 12 && i % 4 == 3) /* the rest never needs the host before the next step */
+        j->mask = some, j->r.mask = mask;
     return j;
 }
 

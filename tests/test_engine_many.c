@@ -14,6 +14,9 @@ static int n_request, at_once, most_prompt, most_new;
 
 /* Request i: everything about it follows from its number. */
 static job *request(int i, int n_vocab, int32_t *prompt) {
+    static const uint32_t bias_id[] = {9, 300, 4};
+    static const float bias[] = {3, -100, 1};
+    static uint32_t all[1 << 14];
     uint64_t rng = 1000 + (uint64_t)i, group = (uint64_t)(i / 3 % GROUPS);
     int n = 1 + (int)t_below(&rng, (uint64_t)most_prompt), n_shared = i % 3 ? 0 : (int)t_below(&rng, (uint64_t)n);
     for (int k = 0; k < n; k++)
@@ -28,8 +31,19 @@ static job *request(int i, int n_vocab, int32_t *prompt) {
         p->seed = (uint64_t)i;
         j->r.has_seed = true;
     }
-    if (i > n_request / 2 && i % 16 == 5) /* drawn by the host: while one runs, no step is made ahead */
-        p->repetition_penalty = 1.1f;
+    if (i > n_request / 2 && i % 16 == 5) { /* drawn by the host: while one runs, no step is made ahead */
+        memset(all, 0xff, sizeof all);
+        j->mask = all;
+        j->r.mask = mask;
+    }
+    if (i % 8 == 2)
+        p->repetition_penalty = 1.2f;
+    if (i % 8 == 3)
+        p->presence_penalty = 0.6f, p->frequency_penalty = 0.2f;
+    if (i % 16 == 6)
+        j->r.bias_id = bias_id, j->r.bias = bias, j->r.n_bias = 3;
+    if (i % 4 == 3)
+        j->r.top_logprobs = i % 21;
     j->r.ignore_eos = i % 4 != 0;
     return j;
 }
@@ -80,10 +94,12 @@ static bool same(const job *got, const job *alone, int i) {
     assert_true(whole || leaves_early(i));
     while (n < got->n_out && n < alone->n_out && got->out[n] == alone->out[n])
         n++;
-    if (n == got->n_out && (!whole || (n == alone->n_out && got->result.stop == alone->result.stop)))
+    if (n == got->n_out &&
+        (!whole || (n == alone->n_out && got->result.stop == alone->result.stop && got->told == alone->told)))
         return true;
-    printf("request %d (%zu tokens of prompt, %d cached, %s) is another from token %d of %d (alone %d) on\n", i,
-           got->r.n_prompt, got->result.n_cached, i % 2 ? "sampled" : "greedy", n, got->n_out, alone->n_out);
+    printf("request %d (%zu tokens of prompt, %d cached, %s) is another from token %d of %d (alone %d) on, or its "
+           "log-probabilities are\n",
+           i, got->r.n_prompt, got->result.n_cached, i % 2 ? "sampled" : "greedy", n, got->n_out, alone->n_out);
     return false;
 }
 

@@ -23,6 +23,7 @@ typedef struct flight {
     seq **seq;      /* [max_batch]: of each output row; NULL = the token is of no use any more */
     int32_t *score; /* [max_batch]: 0, or the prompt's position whose log-probability the row gives, and no token */
     be_act *logits;
+    bool likely; /* a row asks for log-probabilities */
     int n_decode, n_prefill;
     double t_submit;
 } flight;
@@ -42,6 +43,8 @@ struct seq {
     int32_t n_cached;
     int32_t n_scored; /* of the prompt told through on_prompt */
     int32_t n_said;   /* of the prompt reported through on_prefill, -1 = it never ran */
+    be_edit *edit;    /* [n_edit], by id: what bias and penalties change, as of n_tok tokens */
+    int32_t n_edit;
 
     int slot;
     int rows;             /* of the step in hand */
@@ -105,6 +108,7 @@ struct eng {
     int32_t *row_token, *row_pos, *row_slot, *out_row; /* [max_rows] */
     be_sample *sample;                                 /* [max_batch] */
     int32_t *sampled;                                  /* [max_batch] */
+    be_likely *likely;                                 /* [max_batch] */
     flight flight[2], *open;                           /* the one in hand is not `open` */
     float *logits;                                     /* [n_vocab], where the host cannot address the device */
     pace pace[N_PACE];                                 /* what steps cost */
@@ -134,17 +138,22 @@ void seq_free(seq *s);
 void seq_end(eng *e, seq *s, eng_stop why, const orcd_error *error);
 /* Tell on_prefill how much of the prompt is done, if it is more than it knows. */
 void seq_prefilled(eng *e, seq *s);
-/* True when only the host can sample: mask, bias, penalties. */
-bool seq_draws_on_host(const seq *s);
+/* True when only the host can sample: what is allowed depends on the token before. */
+static inline bool seq_draws_on_host(const seq *s) { return s->r.mask != NULL; }
+static inline int32_t seq_n_top(const eng *e, const seq *s) {
+    return s->r.top_logprobs < e->cfg.n_vocab ? s->r.top_logprobs : e->cfg.n_vocab;
+}
+/* What a device needs to draw the token at position `next`, or to score the one that is there. */
+be_sample seq_sample(const eng *e, const seq *s, int32_t next, bool scores);
 /* Draw the next token from the last row's logits. */
 orcd_status seq_draw(eng *e, const seq *s, const float *logits, int32_t *id, orcd_error *err) ORCD_MUST_USE;
 /* Tokens of the prompt that on_prompt still waits for. */
 static inline bool seq_scores(const seq *s) { return s->r.on_prompt && s->n_scored < (int32_t)s->r.n_prompt; }
-/* The logits that predict position `at` of the prompt. */
-void seq_score(eng *e, seq *s, int32_t at, const float *logits);
-/* The next token is known (logits: for log-probabilities, else NULL): report it, stop or go on. True when the sequence
- * goes on; else *why is set. */
-bool seq_take(eng *e, seq *s, int32_t id, const float *logits, eng_stop *why);
+/* How likely the token at position `at` of the prompt is; NULL for the first. */
+void seq_score(eng *e, seq *s, int32_t at, const be_likely *likely);
+/* The next token is known (likely: NULL unless log-probabilities are wanted): report it, stop or go on. True when the
+ * sequence goes on; else *why is set. */
+bool seq_take(eng *e, seq *s, int32_t id, const be_likely *likely, eng_stop *why);
 /* Tokens known or awaited that are not in the KV memory yet. */
 static inline int seq_pending(const seq *s) { return s->n_tok - s->n_fed + (s->awaits != NULL); }
 static inline bool seq_decodes(const seq *s) {

@@ -121,14 +121,15 @@ static orcd_status make_tables(eng *e, int max_batch, int max_queue, orcd_error 
     e->flight[1].score = calloc(n, sizeof(int32_t));
     e->sample = calloc(n, sizeof *e->sample);
     e->sampled = calloc(n, sizeof *e->sampled);
+    e->likely = calloc(n, sizeof *e->likely);
     e->row_token = calloc(rows, sizeof *e->row_token);
     e->row_pos = calloc(rows, sizeof *e->row_pos);
     e->row_slot = calloc(rows, sizeof *e->row_slot);
     e->out_row = calloc(n, sizeof *e->out_row);
     e->logits = calloc((size_t)e->cfg.n_vocab, sizeof *e->logits);
     if (!e->queue || !e->slot || !e->order || !e->flight[0].seq || !e->flight[1].seq || !e->flight[0].score ||
-        !e->flight[1].score || !e->sample || !e->sampled || !e->row_token || !e->row_pos || !e->row_slot ||
-        !e->out_row || !e->logits)
+        !e->flight[1].score || !e->sample || !e->sampled || !e->likely || !e->row_token || !e->row_pos ||
+        !e->row_slot || !e->out_row || !e->logits)
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the tables of %d sequences", max_batch);
     return samp_open(e->cfg.n_vocab, &e->samp, err);
 }
@@ -290,6 +291,7 @@ void eng_close(eng *e) {
     free(e->flight[1].score);
     free(e->sample);
     free(e->sampled);
+    free(e->likely);
     free(e->row_token);
     free(e->row_pos);
     free(e->row_slot);

@@ -339,18 +339,13 @@ static void make_room(eng *e) {
 /* Which of the rows just laid out for s have an output: the last one, when the next token follows it, and those that
  * score the prompt. */
 static void lay_out_outputs(eng *e, seq *s, be_batch *b, flight *f) {
-    const samp_params *p = &s->r.sampling;
     for (int k = seq_scores(s) ? 0 : s->rows - 1; k < s->rows; k++) {
         int32_t next = s->n_fed + k + 1;
         bool scores = seq_scores(s) && next < (int32_t)s->r.n_prompt;
         if (!scores && (k < s->rows - 1 || s->rows < seq_pending(s)))
             continue;
-        e->sample[b->n_out] = (be_sample){.temperature = scores ? 0 : p->temperature,
-                                          .top_p = p->top_p,
-                                          .min_p = p->min_p,
-                                          .top_k = p->top_k,
-                                          .seed = p->seed,
-                                          .draw = (uint64_t)next - s->r.n_prompt};
+        e->sample[b->n_out] = seq_sample(e, s, next, scores);
+        f->likely |= e->sample[b->n_out].likely;
         f->seq[b->n_out] = s;
         f->score[b->n_out] = scores ? next : 0;
         e->out_row[b->n_out++] = b->n_tok - s->rows + k;
@@ -361,6 +356,7 @@ static void lay_out_outputs(eng *e, seq *s, be_batch *b, flight *f) {
 static void lay_out(eng *e, be_batch *b, flight *f) {
     *b = (be_batch){.token = e->row_token, .pos = e->row_pos, .slot = e->row_slot, .out_row = e->out_row};
     f->n_out = f->n_decode = f->n_prefill = 0;
+    f->likely = false;
     for (int i = 0; i < e->n_running; i++) {
         seq *s = e->order[i];
         if (s->rows && !kv_extend(&e->kv, s->slot, s->n_fed + s->rows)) {
@@ -426,8 +422,9 @@ static void measure(eng *e, const flight *f) {
 /* Wait for the open step's tokens. */
 static orcd_status read_open(eng *e, orcd_error *err) {
     double t0 = eng_now();
+    be_likely *likely = e->open->likely ? e->likely : NULL;
     e->open = NULL;
-    orcd_status st = e->dev->ops->sampled(e->dev, e->sampled, NULL, err);
+    orcd_status st = e->dev->ops->sampled(e->dev, e->sampled, likely, err);
     e->in_model += eng_now() - t0;
     return st;
 }
@@ -474,51 +471,63 @@ static orcd_status logits_row(eng *e, const be_act *logits, int row, const float
     return host ? ORCD_OK : e->dev->ops->act_read(e->dev, logits, row, 1, e->logits, err);
 }
 
+static orcd_status not_a_number(orcd_error *err) {
+    return orcd_fail(err, ORCD_ERR_INTERNAL, "numerical error: the model's output is not a number, this request ends");
+}
+
 /* The next token of s, from output row k: sampled by the device (id) or, with id NULL, drawn here. False: s ends. */
 static bool next_token(eng *e, seq *s, const be_act *act, int k, const int32_t *id, eng_stop *why, orcd_error *err) {
     const float *logits = NULL;
+    be_likely own, *likely = s->r.top_logprobs >= 0 ? &e->likely[k] : NULL;
     int32_t drawn = -1;
-    bool draw = !id || seq_draws_on_host(s);
     *why = ENG_STOP_ERROR;
-    if ((draw || s->r.top_logprobs >= 0) && logits_row(e, act, k, &logits, err) != ORCD_OK)
-        return false;
-    if (draw && seq_draw(e, s, logits, &drawn, err) != ORCD_OK)
-        return false;
-    if (!draw)
+    if (id && !seq_draws_on_host(s)) {
         drawn = *id;
+    } else {
+        if (logits_row(e, act, k, &logits, err) != ORCD_OK || seq_draw(e, s, logits, &drawn, err) != ORCD_OK)
+            return false;
+        if (likely)
+            samp_likely(logits, e->cfg.n_vocab, drawn, seq_n_top(e, s), likely = &own);
+    }
     if (drawn < 0 || drawn >= e->cfg.n_vocab) {
-        orcd_fail(err, ORCD_ERR_INTERNAL, "numerical error: the model's output is not a number, this request ends");
+        not_a_number(err);
         return false;
     }
-    return seq_take(e, s, drawn, logits, why);
+    return seq_take(e, s, drawn, likely, why);
 }
 
 /* Tell the log-probability that output row k has; false: s ends. */
-static bool score(eng *e, seq *s, const flight *f, int k, orcd_error *err) {
+static bool score(eng *e, seq *s, const flight *f, int k, const int32_t *id, orcd_error *err) {
     const float *logits;
-    if (logits_row(e, f->logits, k, &logits, err) != ORCD_OK)
-        return false;
-    seq_score(e, s, f->score[k], logits);
+    be_likely own, *likely = &e->likely[k];
+    if (id && *id < 0)
+        return not_a_number(err) == ORCD_OK;
+    if (!id) {
+        if (logits_row(e, f->logits, k, &logits, err) != ORCD_OK)
+            return false;
+        samp_likely(logits, e->cfg.n_vocab, s->token[f->score[k]], seq_n_top(e, s), likely = &own);
+    }
+    seq_score(e, s, f->score[k], likely);
     return true;
 }
 
 /* Hand out the tokens of a step that is done; id as the device sampled them, or NULL. */
 static void hand_out(eng *e, flight *f, const int32_t *id) {
     measure(e, f);
-    for (int k = 0; k < f->n_out; k++) {
+    for (int k = 0; k < f->n_out; k++, id += id != NULL) {
         seq *s = f->seq[k];
         eng_stop why;
         orcd_error err;
         if (!s)
             continue;
-        if (f->score[k] && score(e, s, f, k, &err)) /* another row may have the next token */
+        if (f->score[k] && score(e, s, f, k, id, &err)) /* another row may have the next token */
             continue;
         if (s->awaits == f)
             s->awaits = NULL;
         f->seq[k] = NULL;
         if (f->score[k])
             finish(e, s, ENG_STOP_ERROR, &err);
-        else if (!next_token(e, s, f->logits, k, id ? id + k : NULL, &why, &err))
+        else if (!next_token(e, s, f->logits, k, id, &why, &err))
             finish(e, s, why, &err);
         else if (s->turned)
             forget_awaited(e, s); /* it goes on differently */
@@ -538,7 +547,7 @@ static void collect(eng *e) {
 /* Nothing that the host must see before the next step can be made. */
 static bool can_run_ahead(const eng *e) {
     for (int i = 0; i < e->n_running; i++)
-        if (seq_draws_on_host(e->order[i]) || e->order[i]->r.top_logprobs >= 0)
+        if (seq_draws_on_host(e->order[i]))
             return false;
     return true;
 }

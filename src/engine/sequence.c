@@ -99,6 +99,68 @@ static void choose_boundaries(eng_request *r) {
     r->n_boundary = n;
 }
 
+/* ---- edits: what bias and penalties change ---- */
+
+static bool has_penalties(const samp_params *p) {
+    return p->repetition_penalty != 1 || p->presence_penalty != 0 || p->frequency_penalty != 0;
+}
+
+static int compare_id(const void *a, const void *b) {
+    int32_t x = ((const be_edit *)a)->id, y = ((const be_edit *)b)->id;
+    return (x > y) - (x < y);
+}
+
+/* Most edits that there can be. */
+static size_t room_for_edits(const eng_request *r, int32_t n_limit) {
+    if (!has_penalties(&r->sampling))
+        return (size_t)r->n_bias;
+    return (size_t)r->n_bias + (size_t)n_limit - (r->sampling.repetition_penalty != 1 ? 0 : r->n_prompt);
+}
+
+/* Before anything is generated. */
+static void list_edits(seq *s) {
+    int32_t n = 0, kept = 0;
+    for (int i = 0; i < s->r.n_bias; i++)
+        s->edit[n++] = (be_edit){.id = (int32_t)s->r.bias_id[i], .bias = s->r.bias[i]};
+    for (size_t i = 0; s->r.sampling.repetition_penalty != 1 && i < s->r.n_prompt; i++)
+        s->edit[n++] = (be_edit){.id = s->token[i], .in_prompt = true};
+    qsort(s->edit, (size_t)n, sizeof *s->edit, compare_id);
+    for (int32_t i = 0; i < n; i++) {
+        be_edit *last = kept ? &s->edit[kept - 1] : NULL;
+        if (last && last->id == s->edit[i].id) {
+            last->bias += s->edit[i].bias;
+            last->in_prompt |= s->edit[i].in_prompt;
+        } else {
+            s->edit[kept++] = s->edit[i];
+        }
+    }
+    s->n_edit = kept;
+}
+
+/* A token is generated or, by = -1, taken back. */
+static void count_generated(seq *s, int32_t id, int by) {
+    int32_t lo = 0, hi = s->n_edit;
+    if (!has_penalties(&s->r.sampling))
+        return;
+    while (lo < hi) {
+        int32_t mid = lo + (hi - lo) / 2;
+        if (s->edit[mid].id < id)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    be_edit *at = &s->edit[lo];
+    if (lo == s->n_edit || at->id != id) {
+        memmove(at + 1, at, (size_t)(s->n_edit++ - lo) * sizeof *at);
+        *at = (be_edit){.id = id};
+    }
+    at->n_new += by;
+    if (at->n_new == 0 && !at->in_prompt && at->bias == 0) /* there is no more room than for what is known */
+        memmove(at, at + 1, (size_t)(--s->n_edit - lo) * sizeof *at);
+}
+
+/* ---- a request's life ---- */
+
 orcd_status seq_new(const eng *e, const eng_request *r, seq **out, orcd_error *err) {
     int32_t n_limit = 0, end[4];
     int n_end = e->tok ? tok_ends(e->tok, end) : 0;
@@ -107,12 +169,14 @@ orcd_status seq_new(const eng *e, const eng_request *r, seq **out, orcd_error *e
     ORCD_TRY(limit(e, r, &n_limit, err));
     size_t stop = (size_t)r->n_stop_id * sizeof *r->stop_id, bound = (size_t)r->n_boundary * sizeof *r->boundary;
     size_t bias_id = (size_t)r->n_bias * sizeof *r->bias_id, bias = (size_t)r->n_bias * sizeof *r->bias;
+    size_t n_edit = room_for_edits(r, n_limit);
     seq *s = calloc(1, sizeof *s);
     if (s) {
         s->token = malloc((size_t)n_limit * sizeof *s->token);
+        s->edit = malloc((n_edit + 1) * sizeof *s->edit);
         s->copies = malloc(stop + bound + bias_id + bias + sizeof end + 5 * 16);
     }
-    if (!s || !s->token || !s->copies) {
+    if (!s || !s->token || !s->copies || !s->edit) {
         seq_free(s);
         return orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for a request of %zu tokens", r->n_prompt);
     }
@@ -134,6 +198,7 @@ orcd_status seq_new(const eng *e, const eng_request *r, seq **out, orcd_error *e
     }
     memcpy(s->token, r->prompt, r->n_prompt * sizeof *s->token);
     s->r.prompt = s->token;
+    list_edits(s);
     s->n_limit = n_limit;
     s->n_tok = s->n_told = (int32_t)r->n_prompt;
     s->slot = s->n_said = -1;
@@ -146,6 +211,7 @@ void seq_free(seq *s) {
     if (!s)
         return;
     free(s->token);
+    free(s->edit);
     free(s->copies);
     free(s);
 }
@@ -181,10 +247,33 @@ void seq_prefilled(eng *e, seq *s) {
 
 /* ---- generating ---- */
 
-bool seq_draws_on_host(const seq *s) {
+be_sample seq_sample(const eng *e, const seq *s, int32_t next, bool scores) {
     const samp_params *p = &s->r.sampling;
-    return s->r.mask || s->r.n_bias > 0 || p->repetition_penalty != 1 || p->presence_penalty != 0 ||
-           p->frequency_penalty != 0;
+    bool host = seq_draws_on_host(s) && !scores;
+    be_sample row = {.likely = s->r.top_logprobs >= 0 && !host,
+                     .n_top = seq_n_top(e, s),
+                     .given = scores,
+                     .id = scores ? s->token[next] : 0};
+    if (scores || host)
+        return row;
+    row.temperature = p->temperature;
+    row.top_p = p->top_p;
+    row.min_p = p->min_p;
+    row.top_k = p->top_k;
+    row.seed = p->seed;
+    row.draw = (uint64_t)next - s->r.n_prompt;
+    row.edit = s->edit;
+    row.n_edit = s->n_edit;
+    row.penalties = has_penalties(p);
+    row.repetition = p->repetition_penalty;
+    row.presence = p->presence_penalty;
+    row.frequency = p->frequency_penalty;
+    return row;
+}
+
+static void append(seq *s, int32_t id) {
+    s->token[s->n_tok++] = id;
+    count_generated(s, id, 1);
 }
 
 static bool is_stop(const seq *s, int32_t id) {
@@ -210,13 +299,14 @@ static bool tell(eng *e, seq *s, eng_token *t, bool sampled, eng_stop *why) {
         bool replace = v.action == ENG_REPLACE && sampled && v.n > 0;
         if (replace) {
             s->n_told = --s->n_tok;
+            count_generated(s, t->id, -1);
             s->n_fed = s->n_fed < s->n_tok ? s->n_fed : s->n_tok; /* a step ahead has fed it already */
         }
         s->turned |= replace || v.action == ENG_FORCE;
         if (v.action == ENG_FORCE || v.action == ENG_REPLACE)
             for (int i = 0; i < v.n && s->n_tok < s->n_limit; i++)
                 if (v.id[i] >= 0 && v.id[i] < e->cfg.n_vocab)
-                    s->token[s->n_tok++] = v.id[i];
+                    append(s, v.id[i]);
         if (sampled && is_stop(s, t->id) && v.action != ENG_FORCE && !replace) {
             *why = ENG_STOP_EOS;
             return false;
@@ -250,39 +340,37 @@ orcd_status seq_draw(eng *e, const seq *s, const float *logits, int32_t *id, orc
     return samp_draw(e->samp, &in, id, err);
 }
 
-static void look_up(const eng *e, const seq *s, int32_t id, const float *logits, eng_token *t, eng_logprob *best) {
-    be_likely l;
+static void look_up(const eng *e, const seq *s, const be_likely *l, eng_token *t, eng_logprob *best) {
+    float all = samp_log_sum(l);
+    t->logprob = l->logit - all;
     t->top = best;
-    t->n_top = s->r.top_logprobs < e->cfg.n_vocab ? s->r.top_logprobs : e->cfg.n_vocab;
-    samp_likely(logits, e->cfg.n_vocab, id, t->n_top, &l);
-    float all = samp_log_sum(&l);
-    t->logprob = l.logit - all;
+    t->n_top = seq_n_top(e, s);
     for (int i = 0; i < t->n_top; i++)
-        best[i] = (eng_logprob){l.top_id[i], l.top[i] - all};
+        best[i] = (eng_logprob){l->top_id[i], l->top[i] - all};
 }
 
-void seq_score(eng *e, seq *s, int32_t at, const float *logits) {
+void seq_score(eng *e, seq *s, int32_t at, const be_likely *likely) {
     eng_logprob best[BE_MAX_TOP];
     eng_token t = {.id = s->token[at], .index = at, .logprob = NAN, .top = best};
     if (at != s->n_scored) /* told before it gave way to others */
         return;
-    if (logits)
-        look_up(e, s, t.id, logits, &t, best);
+    if (likely)
+        look_up(e, s, likely, &t, best);
     s->n_scored++;
     double t0 = eng_now();
     s->r.on_prompt(s->r.ctx, &t);
     e->in_callbacks += eng_now() - t0;
 }
 
-bool seq_take(eng *e, seq *s, int32_t id, const float *logits, eng_stop *why) {
+bool seq_take(eng *e, seq *s, int32_t id, const be_likely *likely, eng_stop *why) {
     eng_logprob best[BE_MAX_TOP];
     eng_token t = {.top = best};
-    if (s->r.top_logprobs >= 0 && logits)
-        look_up(e, s, id, logits, &t, best);
+    if (likely)
+        look_up(e, s, likely, &t, best);
     s->t_last = eng_now();
     if (s->t_first <= 0)
         s->t_first = s->t_last;
-    s->token[s->n_tok++] = id;
+    append(s, id);
     s->turned = false;
     return tell(e, s, &t, true, why);
 }
