@@ -4,6 +4,8 @@
  * -x gives the first stream's requests further members, as JSON: '"logprobs":5'. -j prints JSON instead of a row of the
  * table in bench/RESULTS.md. Build it with make bench.
  *
+ * A gap is the time between two texts: a token that is only a part of a character makes one gap of two.
+ *
  * "steady" is the rate between the time when every stream has begun its first answer and the time when the first one
  * finds nothing left to ask. */
 #include <errno.h>
