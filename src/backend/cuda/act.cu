@@ -348,8 +348,15 @@ orcd_status cuda_reserve(cuda_dev *d, int max_tok, int max_out, orcd_error *err)
     cuda_scratch *c = &d->scratch;
     ORCD_TRY(reserve_batch(d, max_tok, max_out, err));
     const size_t pairs = (size_t)d->want_pairs, tok = (size_t)d->max_tok, outs = (size_t)d->max_out;
-    const size_t hidden = pairs * (size_t)round_up(d->want_ff, 64) * 2, down = pairs * (size_t)d->want_embd * 4;
     const size_t order = (size_t)cuda_wide_pairs(d->want_pairs, d->want_expert);
+    const size_t hidden = order * (size_t)round_up(d->want_ff, 64) * 2;
+    size_t down = pairs * (size_t)d->want_embd * 4;
+    if (cuda_has_wide(d)) {
+        const size_t x = order * (size_t)round_up(d->want_embd, 64) * 2;
+        const size_t dense = (size_t)round_up((int64_t)tok, 8) * (size_t)round_up(d->want_col, 64) * 2;
+        down = down > x ? down : x;
+        down = down > dense ? down : dense;
+    }
     const size_t tiles = pairs + (size_t)d->want_expert + 1;
     ORCD_TRY(grow(d, &c->hidden, &c->hidden_bytes, hidden, hidden + 256, "experts' hidden rows", err));
     ORCD_TRY(grow(d, &c->down, &c->down_bytes, down, down + 256, "experts' outputs", err));
@@ -365,12 +372,6 @@ orcd_status cuda_reserve(cuda_dev *d, int max_tok, int max_out, orcd_error *err)
     ORCD_TRY(grow(d, &c->route_part, &c->n_route, route, route + 256, "routers' sums", err));
     ORCD_TRY(grow(d, &c->route_arrived, &c->n_route_rows, route_rows, route_rows * 4 + 256, "routers' counters", err));
     ORCD_TRY(grow(d, &c->arrived, &c->n_arrived, CUDA_MAX_PARTIAL, CUDA_MAX_PARTIAL * 4, "attention counters", err));
-    if (cuda_has_wide(d)) {
-        const size_t rows = (size_t)round_up((int64_t)(order > tok ? order : tok), 8);
-        const size_t x = rows * (size_t)round_up(d->want_col, 64) * 2, h = order * (size_t)round_up(d->want_ff, 64) * 2;
-        ORCD_TRY(grow(d, &c->wide_x, &c->wide_x_bytes, x, x + 256, "rows of a product", err));
-        ORCD_TRY(grow(d, &c->wide_hidden, &c->wide_hidden_bytes, h, h + 256, "experts' hidden rows", err));
-    }
     ORCD_TRY(cuda_host_reserve(d, err));
     return cuda_decode_reserve(d, err);
 }

@@ -218,19 +218,17 @@ static inline bool cuda_routes_many(int64_t n_embd, int64_t n_expert) {
     return n_expert <= CUDA_ROUTE_EXPERTS && n_embd <= CUDA_ROUTE_MOST && n_embd % 4 == 0;
 }
 struct cuda_scratch { /* shared by all operations of a step, sized by the largest */
-    uint16_t *hidden; /* [pairs][ff rounded up to 64] f16, rows in expert order */
-    float *down;      /* [pairs][n_embd] */
+    uint16_t *hidden; /* [pairs][ff rounded up to 64] f16, rows in expert order; as wide.cuh has them, too */
+    float *down;      /* [pairs][n_embd]; before it the rows of any product in wide.cuh's order */
     int32_t *perm;    /* [pairs] expert order -> pair = row * k + j */
     int4 *tile;       /* [max tiles] expert, first, count */
     int32_t *count;   /* [0] tiles */
     float *partial;   /* attention splits, [CUDA_MAX_PARTIAL][16][dim + 2] */
     uint32_t *arrived;
-    float *route_part;             /* router: [row][tile of 16 columns][expert] */
-    uint32_t *route_arrived;       /* [row] */
-    float2 *rope;                  /* [max_tok][64] cos, sin */
-    uint64_t *best;                /* sampling, [outs][CUDA_SAMPLE_PARTS] */
-    uint8_t *wide_x, *wide_hidden; /* rows in wide.cuh's order: a product's input, the experts' hidden rows */
-    size_t wide_x_bytes, wide_hidden_bytes;
+    float *route_part;       /* router: [row][tile of 16 columns][expert] */
+    uint32_t *route_arrived; /* [row] */
+    float2 *rope;            /* [max_tok][64] cos, sin */
+    uint64_t *best;          /* sampling, [outs][CUDA_SAMPLE_PARTS] */
     size_t hidden_bytes, down_bytes, pairs, tiles, tok, outs, n_count, n_partial, n_arrived, n_route,
         n_route_rows; /* what is there */
 };

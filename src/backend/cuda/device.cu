@@ -125,8 +125,6 @@ static void free_scratch(cuda_dev *d) {
     cuda_free(d, s->route_arrived);
     cuda_free(d, s->rope);
     cuda_free(d, s->best);
-    cuda_free(d, s->wide_x);
-    cuda_free(d, s->wide_hidden);
     *s = cuda_scratch{};
 }
 

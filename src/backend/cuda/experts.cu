@@ -550,14 +550,15 @@ static void to_down(lin_args *a, const cuda_cmd *c, const cuda_scratch *s) {
 
 static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l, int pairs) {
     cuda_scratch *s = &r->dev->scratch;
-    wide_pack(r, {s->count + 1, pairs}, s->perm, c->k, c->x->f16, c->x->ld, s->wide_x, pairs);
+    uint8_t *x = (uint8_t *)s->down, *hidden = (uint8_t *)s->hidden;
+    wide_pack(r, {s->count + 1, pairs}, s->perm, c->k, c->x->f16, c->x->ld, x, pairs);
     wide_args a = {};
     a.l = l;
-    a.x = s->wide_x;
+    a.x = x;
     a.ldx = pairs;
-    a.hidden = s->wide_hidden;
+    a.hidden = hidden;
     wide_launch<LIN_GATE_UP>(r, &c->w->matrix[0], a);
-    a.x = s->wide_hidden;
+    a.x = hidden;
     to_down(&a.l, c, s);
     wide_launch<LIN_DOWN>(r, &c->w2->matrix[0], a);
 }
@@ -594,7 +595,8 @@ void cuda_run_experts_norm(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm)
     const cuda_count rows = cuda_rows_of(r, c);
     const int n_expert = (int)c->w->base.n_mat, pairs = rows.cap * c->k, mean = (pairs + n_expert - 1) / n_expert;
     const bool mid = mean > 5 && mean <= 36 && mid_can(r, &c->w->matrix[0]) && mid_can(r, &c->w2->matrix[0]);
-    const bool wide = !mid && mean > 18 && cuda_has_wide(d); /* fewer: streamed sooner */
+    /* Fewer rows are streamed sooner. Columns past ff stay zero in `hidden`, which has another order in wide.cuh. */
+    const bool wide = !mid && mean > 18 && cuda_has_wide(d) && c->w->matrix[0].n_row % 64 == 0;
     const int width = wide ? WIDE_COLS : mid ? MID_COLS : tile_width(mean);
     const int by_count = n_expert + pairs / width, n_block = pairs < by_count ? pairs : by_count;
     const size_t counts = (size_t)32 * 4 * (size_t)n_expert;

@@ -3,7 +3,7 @@
 #include "backend/cuda/wide.cuh"
 
 static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l) {
-    uint8_t *x = r->dev->scratch.wide_x;
+    uint8_t *x = (uint8_t *)r->dev->scratch.down;
     wide_args a = {};
     a.l = l;
     a.x = x;

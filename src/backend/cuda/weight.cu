@@ -471,6 +471,7 @@ orcd_status cuda_load(be_device *base, const be_load *l, be_weight **out, orcd_e
         const int64_t ff = (int64_t)l->part[0].n_row;
         d->want_ff = ff > d->want_ff ? ff : d->want_ff;
         d->want_expert = w->base.n_mat > d->want_expert ? w->base.n_mat : d->want_expert;
+        d->want_embd = w->base.n_col > d->want_embd ? w->base.n_col : d->want_embd;
     }
     if (l->use == BE_USE_DOWN && w->base.n_row > d->want_embd)
         d->want_embd = w->base.n_row;
