@@ -261,13 +261,14 @@ static void largest_context_is_the_largest(void **state) {
     assert_int_equal(both.n_page[BE_POOL_FULL], 2 * ((open.most_all + BE_PAGE - 1) / BE_PAGE));
 }
 
-static eng_plan plan_on_gpu(int cpu_experts, uint64_t memory, orcd_status want) {
+static eng_plan plan_on_gpu(int cpu_experts, int chunk, uint64_t memory, orcd_status want) {
     eng_plan out;
     orcd_error err = {0};
     eng_params p = {.model = models[1],
                     .device = "cuda",
                     .backend = {.dry = true, .cpu_experts = cpu_experts},
                     .n_ctx = 1024,
+                    .chunk = chunk,
                     .cache_bytes = ENG_NO_CACHE,
                     .memory_bytes = memory};
     orcd_status st = eng_plan_only(&p, &out, &err);
@@ -280,20 +281,34 @@ static uint64_t sum_of(const eng_plan *p) { return p->m.weights + p->m.acts + p-
 
 static void no_more_experts_leave_the_gpu_than_must(void **state) {
     (void)state;
-    enum { AUTO = -1, LAYERS = 4 };
+    enum { AUTO = -1, LAYERS = 4, CHUNK = 512 };
     if (no_cuda())
         return;
-    eng_plan none = plan_on_gpu(0, 1ull << 40, ORCD_OK), one = plan_on_gpu(1, 1ull << 40, ORCD_OK);
-    eng_plan all = plan_on_gpu(99, 1ull << 40, ORCD_OK);
+    eng_plan none = plan_on_gpu(0, CHUNK, 1ull << 40, ORCD_OK), one = plan_on_gpu(1, CHUNK, 1ull << 40, ORCD_OK);
+    eng_plan all = plan_on_gpu(99, CHUNK, 1ull << 40, ORCD_OK);
     uint64_t layer = sum_of(&none) - sum_of(&one);
     assert_int_equal(none.n_host_layers, 0);
     assert_int_equal(all.n_host_layers, LAYERS);
-    assert_int_equal(plan_on_gpu(AUTO, sum_of(&none), ORCD_OK).n_host_layers, 0);
-    assert_int_equal(plan_on_gpu(AUTO, sum_of(&none) - 1, ORCD_OK).n_host_layers, 1);
-    assert_int_equal(plan_on_gpu(AUTO, sum_of(&none) - 2 * layer, ORCD_OK).n_host_layers, 2);
-    assert_int_equal(plan_on_gpu(AUTO, sum_of(&all), ORCD_OK).n_host_layers, LAYERS);
-    plan_on_gpu(AUTO, sum_of(&all) - 1, ORCD_ERR_NOMEM);
-    plan_on_gpu(0, sum_of(&none) - 1, ORCD_ERR_NOMEM);
+    assert_int_equal(plan_on_gpu(AUTO, CHUNK, sum_of(&none), ORCD_OK).n_host_layers, 0);
+    assert_int_equal(plan_on_gpu(AUTO, CHUNK, sum_of(&none) - 1, ORCD_OK).n_host_layers, 1);
+    assert_int_equal(plan_on_gpu(AUTO, CHUNK, sum_of(&none) - 2 * layer, ORCD_OK).n_host_layers, 2);
+    assert_int_equal(plan_on_gpu(AUTO, CHUNK, sum_of(&all), ORCD_OK).n_host_layers, LAYERS);
+    plan_on_gpu(AUTO, CHUNK, sum_of(&all) - 1, ORCD_ERR_NOMEM);
+    plan_on_gpu(0, CHUNK, sum_of(&none) - 1, ORCD_ERR_NOMEM);
+}
+
+/* A 64th of the memory, from 1,024 rows to 4,096. */
+static void steps_of_prompts_are_as_large_as_memory_allows(void **state) {
+    (void)state;
+    if (no_cuda())
+        return;
+    static const int chunk[] = {1024, 2048, 4096};
+    assert_int_equal(plan_on_gpu(0, 0, 1ull << 40, ORCD_OK).chunk, 4096);
+    for (size_t i = 0; i < ORCD_COUNT(chunk); i++) {
+        uint64_t acts = plan_on_gpu(0, chunk[i], 1ull << 40, ORCD_OK).m.acts;
+        assert_int_equal(plan_on_gpu(0, 0, 64 * acts, ORCD_OK).chunk, chunk[i]);
+        assert_int_equal(plan_on_gpu(0, 0, 64 * acts - 1, ORCD_OK).chunk, chunk[i] > 1024 ? chunk[i] / 2 : 1024);
+    }
 }
 
 static void too_large_is_refused_before_loading(void **state) {
@@ -322,6 +337,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(engine_takes_what_it_planned),
         cmocka_unit_test(largest_context_is_the_largest),
         cmocka_unit_test(no_more_experts_leave_the_gpu_than_must),
+        cmocka_unit_test(steps_of_prompts_are_as_large_as_memory_allows),
         cmocka_unit_test(too_large_is_refused_before_loading)};
     on_gpu = argc > 1 && strcmp(argv[1], "cuda") == 0;
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -26,7 +26,7 @@ typedef struct eng_params {
     int n_ctx;     /* positions per sequence; 0 = the largest that fits, at most the model's */
     int max_batch; /* sequences in flight, 1..256; 0 = 1 */
     int max_queue; /* waiting requests beyond them; 0 = 4 * max_batch */
-    int chunk;     /* prefill rows per step; 0 = the backend's best */
+    int chunk;     /* prefill rows per step; 0 = what eng_plan_chunk says */
     be_kv_type kv_type;
     uint64_t memory_bytes;     /* plan for a device with so much; 0 = what is available there now */
     uint64_t kv_bytes;         /* KV memory in all; 0 = what n_ctx and max_batch ask for, within what is free */
@@ -73,6 +73,10 @@ typedef struct eng_plan {
 /* Tokens a second, of all streams together, when every step reads each weight that it needs and the keys and values of
  * `depth` positions a stream once, at these bytes a second; host_rate: of the memory where experts were left. */
 double eng_plan_speed(const eng_plan *p, int streams, int depth, double rate, double host_rate);
+
+/* The prompt rows of a step where none are asked for, of the device's memory `available`; spec: layers and slots. */
+orcd_status eng_plan_chunk(const arch *a, const mf_file *f, const arch_config *c, be_device *dev,
+                           const be_kv_spec *spec, uint64_t available, int *chunk, orcd_error *err) ORCD_MUST_USE;
 
 /* The plan that eng_open follows, made by the same code. Of p->device only a name, not "auto", says something about the
  * others. ORCD_ERR_NOMEM when it does not fit: `out` then says what is missing. With p->backend.dry the device need

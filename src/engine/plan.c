@@ -8,6 +8,11 @@
 #define MAX_ENTRIES 1024 /* of the prefix cache */
 #define AUTO_CTX 8192    /* experts leave the device so that at least this context fits */
 
+/* Prompt rows of a step on a GPU, as many as pay: their activations take at most this part of the memory there. */
+#define MOST_CHUNK 4096
+#define LEAST_CHUNK 1024
+#define CHUNK_SHARE 64
+
 typedef struct target {
     const char *name;
     const arch *arch;
@@ -15,11 +20,6 @@ typedef struct target {
     arch_config *cfg;
     be_device *dev;
 } target;
-
-/* A large step is a fifth faster for many prompts; for few sequences its memory is better spent on other things. */
-static int default_chunk(const char *backend, int n_slot) {
-    return strcmp(backend, "cuda") == 0 ? (n_slot < 16 ? 1024 : 2048) : strcmp(backend, "ref") == 0 ? 64 : 256;
-}
 
 static uint64_t pages_bytes(const eng_plan *p, const int n_page[BE_N_POOLS]) {
     return (uint64_t)n_page[BE_POOL_FULL] * p->page_bytes[BE_POOL_FULL] +
@@ -154,12 +154,32 @@ static int longest_context(const eng_plan *p, const be_kv_spec *spec, int n_slot
     return lo * BE_PAGE < most ? lo * BE_PAGE : most;
 }
 
+orcd_status eng_plan_chunk(const arch *a, const mf_file *f, const arch_config *c, be_device *dev,
+                           const be_kv_spec *spec, uint64_t available, int *chunk, orcd_error *err) {
+    be_kv_spec s = *spec;
+    arch_memory m;
+    *chunk = strcmp(dev->ops->name, "cuda") == 0 ? MOST_CHUNK : strcmp(dev->ops->name, "ref") == 0 ? 64 : 256;
+    memset(s.n_page, 0, sizeof s.n_page);
+    for (; *chunk > LEAST_CHUNK; *chunk /= 2) {
+        s.max_tok = *chunk + s.n_slot - 1;
+        ORCD_TRY(arch_plan(a, f, c, dev, &s, &m, err));
+        if (m.acts <= available / CHUNK_SHARE)
+            break;
+    }
+    return ORCD_OK;
+}
+
 orcd_status plan_make(const char *name, const arch *a, const mf_file *f, arch_config *c, be_device *dev,
                       const eng_params *prm, be_kv_spec *spec, eng_plan *p, orcd_error *err) {
     const target e = {name, a, f, c, dev};
     const be_ops *ops = dev->ops;
-    *p = (eng_plan){.chunk = prm->chunk ? prm->chunk : default_chunk(ops->name, spec->n_slot), .n_ctx_train = c->n_ctx};
+    *p = (eng_plan){.chunk = prm->chunk, .n_ctx_train = c->n_ctx};
     ops->describe(dev, p->device, sizeof p->device);
+    ops->memory(dev, &p->total, &p->available);
+    if (prm->memory_bytes)
+        p->total = p->available = prm->memory_bytes;
+    if (!p->chunk)
+        ORCD_TRY(eng_plan_chunk(a, f, c, dev, spec, p->available, &p->chunk, err));
     p->max_batch = spec->n_slot;
     p->window = longest(spec);
     p->expert_share = c->n_expert ? (double)c->n_expert_used / c->n_expert : 0;
@@ -167,9 +187,6 @@ orcd_status plan_make(const char *name, const arch *a, const mf_file *f, arch_co
     spec->max_tok = p->max_rows;
     for (int pool = 0; pool < BE_N_POOLS; pool++)
         p->page_bytes[pool] = ops->kv_page_bytes(dev, spec, pool);
-    ops->memory(dev, &p->total, &p->available);
-    if (prm->memory_bytes)
-        p->total = p->available = prm->memory_bytes;
     p->margin = ops->used ? 0 : p->available / 32;
     spec->n_ctx = prm->n_ctx ? prm->n_ctx : c->n_ctx;
     ORCD_TRY(place_experts(&e, prm, spec, p, err));

@@ -21,6 +21,7 @@
 #define SLOWDOWN 4         /* so many times a pure decode step */
 #define STEP_LONGEST_S 1.0 /* beyond this even the smallest good slice is cut */
 #define MIN_SLICE 16       /* prefill rows that are always worth a step */
+#define GOOD_SLICE 512     /* that are, where nobody decodes */
 #define GROWTH 512         /* tokens that an answer of unknown length is expected to grow by */
 #define GROWTH_MOST 2048   /* more are not kept for one with a limit either: many clients always ask for very many */
 #define RESIDENT_S 60.0    /* how often the device is asked where the model's memory lies */
@@ -267,7 +268,7 @@ static int prefill_rows(const eng *e, int n_decode) {
     if (step_seconds(e, MIN_SLICE) <= 0)
         return most < 4 * MIN_SLICE ? most : 4 * MIN_SLICE;
     double beside = fmax(SLOWDOWN * step_seconds(e, n_decode), STEP_BESIDE_S);
-    int slice = n_decode + MIN_SLICE, least = n_decode ? slice : most / 4;
+    int slice = n_decode + MIN_SLICE, least = n_decode ? slice : most < 4 * GOOD_SLICE ? most / 4 : GOOD_SLICE;
     int longest = rows_within(e, STEP_LONGEST_S, slice, n_decode + most);
     least = least < longest ? least : longest;
     int rows = rows_within(e, n_decode ? beside : STEP_TARGET_S, least, longest) - n_decode;
