@@ -26,7 +26,7 @@ static const cli_option option[] = {
     {"streams", 0, CLI_STR, offsetof(options, streams), 0, 0, "N,N...", "sequences together (default 1)"},
     {"gen", 'n', CLI_INT, offsetof(options, gen), 0, 65536, "N", "decoded tokens a sequence (default 32; 0: none)"},
     {"reps", 'r', CLI_INT, offsetof(options, reps), 1, 100, "N", "repetitions after a warm-up (default 3)"},
-    {"chunk", 0, CLI_INT, offsetof(options, chunk), 1, 8192, "N", "prompt tokens per step (default 2048)"},
+    {"chunk", 0, CLI_INT, offsetof(options, chunk), 1, 8192, "N", "prompt tokens per step (default: as serve)"},
     {"kv-type", 0, CLI_CHOICE, offsetof(options, kv_type), 0, 0, KV_TYPES},
     {"dense-type", 0, CLI_CHOICE, offsetof(options, dense_type), 0, 0, DENSE_TYPES},
     {"act-bits", 0, CLI_INT, offsetof(options, act_bits), 8, 16, "8|16", "bits of the activations (cpu; default 16)"},
@@ -205,6 +205,19 @@ static orcd_status read_file(bench *b, const char *path, const arch **a, orcd_er
     return arch_each_tensor(*a, c, 1, (const mf_file *const *)&b->file, count_products, &b->work, err);
 }
 
+/* Rows of the largest step: prompts in pieces as large as the engine's. */
+static orcd_status choose_step(bench *b, const arch *a, orcd_error *err) {
+    int chunk = (int)b->o->chunk, rows = largest(b->prompt, b->n_prompt) * b->max_streams;
+    be_kv_spec spec = kv_spec_of(b);
+    uint64_t total, available;
+    b->dev->ops->memory(b->dev, &total, &available);
+    if (!chunk)
+        ORCD_TRY(eng_plan_chunk(a, b->file, &b->cfg, b->dev, &spec, available, &chunk, err));
+    b->max_tok = rows < chunk ? rows : chunk;
+    b->max_tok = b->max_tok < b->max_streams ? b->max_streams : b->max_tok;
+    return ORCD_OK;
+}
+
 static orcd_status open_model(bench *b, const char *path, orcd_error *err) {
     const options *o = b->o;
     const arch *a;
@@ -220,6 +233,7 @@ static orcd_status open_model(bench *b, const char *path, orcd_error *err) {
         ORCD_TRY(mem_bandwidth(8, &b->host_rate, err));
     reset_peak_rss();
     ORCD_TRY(be_open(o->device, &params, &b->dev, err));
+    ORCD_TRY(choose_step(b, a, err));
     be_kv_spec spec = kv_spec_of(b);
     ORCD_TRY(arch_plan(a, b->file, &b->cfg, b->dev, &spec, &b->plan.m, err));
     bar_begin(&progress, "loading", "B");
@@ -380,7 +394,7 @@ static int run_kernels(const options *o) {
     return st == ORCD_OK ? EXIT_OK : cli_fail(&err);
 }
 
-/* The largest step and context that the lists ask for. */
+/* And the largest context that the lists ask for. */
 static bool read_lists(bench *b) {
     const options *o = b->o;
     if (!parse_list(o->prompt, 0, b->prompt, &b->n_prompt) || !parse_list(o->depth, 0, b->depth, &b->n_depth) ||
@@ -390,8 +404,6 @@ static bool read_lists(bench *b) {
         b->n_prompt = 0;
     int longest = largest(b->prompt, b->n_prompt);
     b->max_streams = largest(b->streams, b->n_streams);
-    b->max_tok = (int64_t)longest * b->max_streams < o->chunk ? longest * b->max_streams : (int)o->chunk;
-    b->max_tok = b->max_tok < b->max_streams ? b->max_streams : b->max_tok;
     b->n_ctx = largest(b->depth, b->n_depth) + (longest > o->gen ? longest : (int)o->gen);
     b->n_ctx = b->n_ctx > 0 ? b->n_ctx : 1;
     for (int i = 0; i < b->n_prompt; i++)
@@ -402,7 +414,7 @@ static bool read_lists(bench *b) {
 
 static int run(const cli_command *c, int argc, char **argv) {
     options o = {.device = "auto", .prompt = "128,512", .depth = "0", .streams = "1", .kv_type = "f16"};
-    o.chunk = 2048, o.gen = 32, o.reps = 3, o.kernel_mib = 256;
+    o.gen = 32, o.reps = 3, o.kernel_mib = 256;
     const char *rest[1];
     int n_rest;
     char path[4096];
