@@ -1,6 +1,6 @@
 /* backend/cuda/linear.cu: y = epilogue(W x + b). */
+#include "backend/cuda/mid.cuh"
 #include "backend/cuda/stream.cuh"
-#include "backend/cuda/wide.cuh"
 
 static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l) {
     uint8_t *x = (uint8_t *)r->dev->scratch.down;
@@ -13,6 +13,16 @@ static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l) {
         a.cols = wide_cols(l.rows.cap, c->w->matrix[i].n_tile, r->dev->n_sm);
         wide_dense(r, &c->w->matrix[i], a);
     }
+}
+
+/* False, and nothing launched, where wide products are sooner done. */
+static bool run_mid(cuda_run *r, const cuda_cmd *c, const lin_args &a) {
+    for (int i = 0; i < c->w->n_matrix; i++)
+        if (!mid_dense_cols(r, &c->w->matrix[i], a.rows.cap))
+            return false;
+    for (int i = 0; i < c->w->n_matrix; i++)
+        mid_dense(r, &c->w->matrix[i], a);
+    return true;
 }
 
 /* Columns per block of the streaming kernel, 0 to leave it. */
@@ -34,7 +44,8 @@ void cuda_run_linear(cuda_run *r, const cuda_cmd *c) {
     a.ldh = c->y->ld;
     a.epilogue = c->epilogue;
     if (a.rows.cap > 48 && cuda_has_wide(r->dev)) {
-        run_wide(r, c, a);
+        if (!run_mid(r, c, a))
+            run_wide(r, c, a);
         return;
     }
     const int width = lin_width(a.rows.cap), blocks = (a.rows.cap + width - 1) / width;

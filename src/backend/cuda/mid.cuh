@@ -207,7 +207,7 @@ template <class P, lin_mode MODE> static void mid_launch(cuda_run *r, const lin_
                 cols);
 }
 
-/* Experts of 40 rows or fewer at once: false, and nothing launched, where no kernel is made for the matrix. */
+/* Whether experts of MID_COLS rows or fewer at once can be computed here. */
 #define MID_COLS 40
 static inline bool mid_can(const cuda_run *r, const cuda_matrix *m) {
     return cuda_has_wide(r->dev) && m->form == CUDA_FORM_MXFP4 && m->n_unit == 45;
@@ -215,6 +215,24 @@ static inline bool mid_can(const cuda_run *r, const cuda_matrix *m) {
 template <lin_mode MODE> static void mid_run(cuda_run *r, const cuda_matrix *m, lin_args a) {
     lin_matrix(&a, m);
     mid_launch<mid_plan<form_mxfp4, 3, 15, MID_COLS, 4>, MODE>(r, a, 0);
+}
+
+/* Rows of an item of a dense product, 0 to leave it: it pays where each group has one piece. */
+static inline int mid_dense_cols(const cuda_run *r, const cuda_matrix *m, int rows) {
+    const int most = m->n_unit == 45 ? 32 : m->n_unit == 64 ? 24 : 0, n_piece = (m->n_tile + 3) / 4;
+    if (cuda_has_wide(r->dev) && m->form == CUDA_FORM_Q8_0)
+        for (int cols = 8; cols <= most; cols += 8)
+            if ((int64_t)((rows + cols - 1) / cols) * n_piece <= 4 * r->dev->n_sm)
+                return cols;
+    return 0;
+}
+static inline void mid_dense(cuda_run *r, const cuda_matrix *m, lin_args a) {
+    const int cols = mid_dense_cols(r, m, a.rows.cap);
+    lin_matrix(&a, m);
+    if (m->n_unit == 45)
+        mid_launch<mid_plan<form_q8_0, 3, 15, 32, 4>, LIN_DENSE>(r, a, cols);
+    else
+        mid_launch<mid_plan<form_q8_0, 4, 16, 24, 4>, LIN_DENSE>(r, a, cols);
 }
 
 #endif
