@@ -96,11 +96,12 @@ static __device__ __forceinline__ float route_tile(const float4 (&w)[4], const f
         v[4 * i + 2] = __fmul_rn(w[i].z, a.z), v[4 * i + 3] = __fmul_rn(w[i].w, a.w);
     }
 #pragma unroll
-    for (int d = 8; d; d >>= 1)
+    for (int i = 0; i < 8; i++) /* a loop over the halvings would stay a loop */
+        v[i] = __fadd_rn(v[i], v[i + 8]);
 #pragma unroll
-        for (int i = 0; i < d; i++)
-            v[i] = __fadd_rn(v[i], v[i + d]);
-    return v[0];
+    for (int i = 0; i < 4; i++)
+        v[i] = __fadd_rn(v[i], v[i + 4]);
+    return __fadd_rn(__fadd_rn(v[0], v[2]), __fadd_rn(v[1], v[3]));
 }
 
 /* What the experts' sums of a row share: the row, the router's weights and where tiles' sums go. */
@@ -227,40 +228,48 @@ static __device__ __forceinline__ float many_scale(const float4 (&part)[4], int 
     return rms_scale(s, n, eps);
 }
 
-/* Expert e's sums of the warp's tiles for R rows: to[row][lane]. */
-template <int R>
-static __device__ __forceinline__ void many_tiles(const route_args &a, const float *xs, int e, float (*to)[32]) {
-    constexpr int AHEAD = 3; /* tiles on their way at once */
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_tile = (a.n + 15) / 16;
-    float t[R] = {0};
+/* Half a warp has every other of R rows, a lane E experts, ROUTE_LANES apart: what is read from shared memory serves
+ * several of them. Experts from e0 on, sums of the warp's tiles: to[row][expert]. */
+#define ROUTE_LANES 16
+template <int R, int E>
+static __device__ __forceinline__ void many_tiles(const route_args &a, const float *xs, int ldx, int e0,
+                                                  float (*to)[E * ROUTE_LANES]) {
+    constexpr int AHEAD = E > 2 ? 1 : 2; /* tiles on their way at once */
+    const int warp = threadIdx.x / 32, half = threadIdx.x / ROUTE_LANES % 2, n_tile = (a.n + 15) / 16;
+    const int lane = threadIdx.x % ROUTE_LANES;
+    float t[R / 2][E] = {};
     for (int i0 = warp; i0 < n_tile; i0 += 16 * AHEAD) {
-        float4 w[AHEAD][4];
+        float4 w[AHEAD][E][4];
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++)
+        for (int j = 0; j < AHEAD * E; j++) {
+            const int tile = min(i0 + j / E * 16, n_tile - 1), e = min(e0 + j % E * ROUTE_LANES + lane, a.n_expert - 1);
 #pragma unroll
             for (int q = 0; q < 4; q++)
-                w[j][q] =
-                    __ldg((const float4 *)a.router + ((int64_t)min(i0 + 16 * j, n_tile - 1) * 4 + q) * a.n_expert + e);
+                w[j / E][j % E][q] = __ldg((const float4 *)a.router + ((int64_t)tile * 4 + q) * a.n_expert + e);
+        }
 #pragma unroll
         for (int j = 0; j < AHEAD; j++)
             if (i0 + 16 * j < n_tile)
 #pragma unroll
-                for (int r = 0; r < R; r++)
-                    t[r] += route_tile(w[j], xs + (r * n_tile + i0 + 16 * j) * 16);
+                for (int r = 0; r < R / 2; r++)
+#pragma unroll
+                    for (int e = 0; e < E; e++)
+                        t[r][e] += route_tile(w[j][e], xs + (2 * r + half) * ldx + (i0 + 16 * j) * 16);
     }
 #pragma unroll
-    for (int r = 0; r < R; r++)
-        to[r][lane] = t[r];
+    for (int i = 0; i < R / 2 * E; i++)
+        to[2 * (i / E) + half][i % E * ROUTE_LANES + lane] = t[i / E][i % E];
 }
 
-/* The same for R rows a block, a lane an expert: the sums of norm_route_kernel in their order, without its shuffles,
- * and weights read once for all rows. */
-template <int R> static __global__ __launch_bounds__(ROW_THREADS, 1) void norm_route_many_kernel(route_args a) {
+/* The same for R rows a block: the sums of norm_route_kernel in their order, without its shuffles, and weights read
+ * once for all rows. E: experts of a lane. */
+template <int R, int E> static __global__ __launch_bounds__(ROW_THREADS, 1) void norm_route_many_kernel(route_args a) {
     constexpr int QUADS = CUDA_ROUTE_MOST / 4 / ROW_THREADS + 1; /* of a thread in a row */
-    extern __shared__ float4 many_rows[];                        /* [R][n rounded up to 16] */
+    constexpr int WIDTH = E * ROUTE_LANES;
+    extern __shared__ float4 many_rows[]; /* [R][n rounded up to 16, 4 more: neighbours in other banks] */
     __shared__ float4 part[R][4];
-    __shared__ float sums[16][R][32], logit[R][CUDA_ROUTE_EXPERTS];
-    const int n = a.n, n_quad = n / 4, n_tile = (n + 15) / 16, row0 = blockIdx.x * R;
+    __shared__ float sums[16][R][WIDTH], logit[R][CUDA_ROUTE_EXPERTS];
+    const int n = a.n, n_quad = n / 4, n_tile = (n + 15) / 16, ld4 = n_tile * 4 + 1, row0 = blockIdx.x * R;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     pdl_launch();
     pdl_wait();
@@ -283,7 +292,7 @@ template <int R> static __global__ __launch_bounds__(ROW_THREADS, 1) void norm_r
         for (int j = 0; j < QUADS; j++) {
             const int at = threadIdx.x + j * ROW_THREADS;
             if (at < n_tile * 4)
-                many_rows[r * n_tile * 4 + at] = v[r][j];
+                many_rows[r * ld4 + at] = v[r][j];
             s = sum_sq4(v[r][j], s);
         }
         s = warp_sum(s);
@@ -310,16 +319,17 @@ template <int R> static __global__ __launch_bounds__(ROW_THREADS, 1) void norm_r
                                f16x2(__fmul_rn(__fmul_rn(x.z, rs[r]), g.z), __fmul_rn(__fmul_rn(x.w, rs[r]), g.w)));
             }
     }
-    for (int e0 = 0; e0 < a.n_expert; e0 += 32) {
-        many_tiles<R>(a, (const float *)many_rows, min(e0 + lane, a.n_expert - 1), sums[warp]);
+    for (int e0 = 0; e0 < a.n_expert; e0 += WIDTH) {
+        many_tiles<R, E>(a, (const float *)many_rows, 4 * ld4, e0, sums[warp]);
         __syncthreads();
-        if (warp < R && e0 + lane < a.n_expert) {
-            float sum = sums[0][warp][lane];
+        for (int i = threadIdx.x; i < R * WIDTH; i += ROW_THREADS) {
+            const int r = i / WIDTH, e = e0 + i % WIDTH;
+            float sum = sums[0][r][i % WIDTH];
 #pragma unroll
             for (int w = 1; w < 16; w++)
-                sum += sums[w][warp][lane];
-            const int e = e0 + lane;
-            logit[warp][e] = fmaf(sum, many_scale(part[warp], n, a.eps), a.bias ? a.bias[e] : 0.f);
+                sum += sums[w][r][i % WIDTH];
+            if (e < a.n_expert)
+                logit[r][e] = fmaf(sum, many_scale(part[r], n, a.eps), a.bias ? a.bias[e] : 0.f);
         }
         __syncthreads();
     }
@@ -329,11 +339,11 @@ template <int R> static __global__ __launch_bounds__(ROW_THREADS, 1) void norm_r
 }
 
 template <int R> static void run_many_rows(cuda_run *r, const route_args &a) {
-    const size_t bytes = (size_t)round_up(a.n, 16) * 4 * R;
+    const size_t bytes = (size_t)(round_up(a.n, 16) + 4) * 4 * R;
+    const auto kernel = a.n_expert <= 2 * ROUTE_LANES ? norm_route_many_kernel<R, 2> : norm_route_many_kernel<R, 4>;
     if (r->error == cudaSuccess)
-        r->error =
-            cudaFuncSetAttribute(norm_route_many_kernel<R>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    cuda_launch(r, norm_route_many_kernel<R>, dim3((unsigned)((a.rows.cap + R - 1) / R)), dim3(ROW_THREADS), bytes, a);
+        r->error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    cuda_launch(r, kernel, dim3((unsigned)((a.rows.cap + R - 1) / R)), dim3(ROW_THREADS), bytes, a);
 }
 
 void cuda_run_moe(cuda_run *r, const cuda_cmd *c) {
