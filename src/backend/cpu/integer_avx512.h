@@ -23,15 +23,15 @@ static inline __m512 NAME(join_planes)(const __m512i *a) {
 
 TILE NAME(i8_tile)(const uint8_t *panel, const uint8_t *next, int64_t n64, const void *const *x, const int T,
                    float *y) {
-    __m512 f[8];
+    __m512 f[MOST];
     UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
     for (int64_t b = 0; b < n64; b++, panel += 1088) {
-        __m512 part[8];
+        __m512 part[MOST];
         FETCH_NEXT(next ? next + b * 1088 : NULL, 1088);
         if (T <= 2) /* one line is enough: behind it the hardware goes on by itself, where it stops at a page's end */
             __builtin_prefetch(panel + 4096, 0, 2);
         UNROLL for (int h = 0; h < 2; h++) {
-            __m512i a[8][2];
+            __m512i a[MOST][2];
             UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], cpu_q_c32(x[t], n64)[b * 2 + h]);
             UNROLL for (int g = 0; g < 8; g++) {
                 __m512i w = _mm512_loadu_si512(panel + 64 + h * 512 + g * 64);
@@ -52,58 +52,75 @@ static void NAME(dot_i8)(const uint8_t *panel, int64_t n_col, const void *const 
     int64_t n64 = cpu_n64(n_col);
     const uint8_t *next = n > 2 ? panel + n64 * 1088 : NULL;
 #define CALL(T) NAME(i8_tile)(panel, at_ ? NULL : next, n64, x + at_, T, y + at_ * 16)
-    FOR_TILES(n, CALL)
+    FOR_TILES(n, MOST, CALL)
 #undef CALL
 }
 
 /* ---- MXFP4 ---- */
 
-/* Few rows: low and high nibbles have sums of their own, so that no product waits for the one before. */
-TILE NAME(mx4_tile)(const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
+/* f + a block's sum times both scales, of which the weights' is 2 to a power: scalef leaves the multipliers alone. */
+static inline __m512 NAME(add_block)(const __m512i *a, float scale, __m512 power, __m512 f) {
+    return _mm512_fmadd_ps(NAME(join_planes)(a), _mm512_scalef_ps(_mm512_set1_ps(scale), power), f);
+}
+
+/* Straight from the panel. keep: where the weights' bytes are put for the tiles that follow, while `next`, the same
+ * place in the next panel, is fetched; or NULL. Few rows: low and high nibbles have sums of their own, so that no
+ * product waits for the one before. */
+TILE NAME(mx4_tile)(const uint8_t *panel, const uint8_t *next, int64_t n64, const void *const *x, const int T, float *y,
+                    uint8_t *keep) {
     const uint8_t *head = panel, *p = panel + cpu_mx4_head(n64);
     const __m512i table = _mm512_load_si512(mx4_table);
-    __m512 f[4];
+    const int chains = T * PLANES < 6 ? 2 : 1;
+    __m512 f[MOST];
     UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
     for (int64_t b = 0; b < n64; b++, head += 32, p += 512) {
-        __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)head)), a[4][2], a2[4][2];
+        __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)head)), a[2][MOST][2];
+        FETCH_NEXT(keep ? next + b * 544 : NULL, 544);
         UNROLL for (int t = 0; t < T; t++) {
-            NAME(begin_planes)(a[t], cpu_q_c64(x[t], n64)[b]);
-            NAME(begin_planes)(a2[t], 0);
+            NAME(begin_planes)(a[0][t], cpu_q_c64(x[t], n64)[b]);
+            if (chains == 2)
+                NAME(begin_planes)(a[1][t], 0);
         }
         UNROLL for (int j = 0; j < 8; j++) {
             __m512i v = _mm512_loadu_si512(p + j * 64), s = mx4_shift(h, j / 4);
-            PREFETCH(p + j * 64, 6144, 2, T);
+            if (!keep)
+                __builtin_prefetch(p + j * 64 + 6144, 0, 2);
             __m512i lo = _mm512_permutexvar_epi8(mx4_index(v, s), table);
             __m512i hi = _mm512_permutexvar_epi8(mx4_index(_mm512_srli_epi16(v, 4), s), table);
-            UNROLL for (int t = 0; t < T; t++) {
-                NAME(dp_planes)(a[t], lo, x[t], n64, b * 64 + j * 8);
-                NAME(dp_planes)(a2[t], hi, x[t], n64, b * 64 + j * 8 + 4);
+            if (keep) {
+                _mm512_store_si512(keep + 64 + j * 128, lo);
+                _mm512_store_si512(keep + 128 + j * 128, hi);
             }
+            UNROLL for (int t = 0; t < T; t++) NAME(dp_planes)(a[0][t], lo, x[t], n64, b * 64 + j * 8);
+            UNROLL for (int t = 0; t < T; t++) NAME(dp_planes)(a[chains - 1][t], hi, x[t], n64, b * 64 + j * 8 + 4);
         }
-        __m512 ws = mx4_scale(h);
+        __m512 power = mx4_power(h);
+        if (keep) {
+            _mm512_store_ps(keep, power);
+            keep += 1088;
+        }
         UNROLL for (int t = 0; t < T; t++) {
-            UNROLL for (int i = 0; i < PLANES; i++) a[t][i] = _mm512_add_epi32(a[t][i], a2[t][i]);
-            f[t] = _mm512_fmadd_ps(NAME(join_planes)(a[t]),
-                                   _mm512_mul_ps(ws, _mm512_set1_ps(cpu_q_scale(x[t], n64)[b])), f[t]);
+            UNROLL for (int i = 0; chains == 2 && i < PLANES; i++) a[0][t][i] =
+                _mm512_add_epi32(a[0][t][i], a[1][t][i]);
+            f[t] = NAME(add_block)(a[0][t], cpu_q_scale(x[t], n64)[b], power, f[t]);
         }
     }
     UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
 }
 
-TILE NAME(u8_tile)(const uint8_t *w64, const uint8_t *next, int64_t n64, const void *const *x, const int T, float *y) {
-    __m512 f[8];
+/* From the bytes that the tile before kept. */
+TILE NAME(u8_tile)(const uint8_t *w64, int64_t n64, const void *const *x, const int T, float *y) {
+    __m512 f[MOST];
     UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
     for (int64_t b = 0; b < n64; b++, w64 += 1088) {
-        __m512i a[8][2];
-        FETCH_NEXT(next ? next + b * 544 : NULL, 544);
+        __m512i a[MOST][2];
         UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], cpu_q_c64(x[t], n64)[b]);
         UNROLL for (int g = 0; g < 16; g++) {
-            __m512i w = _mm512_loadu_si512(w64 + 64 + g * 64);
+            __m512i w = _mm512_load_si512(w64 + 64 + g * 64);
             UNROLL for (int t = 0; t < T; t++) NAME(dp_planes)(a[t], w, x[t], n64, b * 64 + g * 4);
         }
-        __m512 ws = _mm512_loadu_ps(w64);
-        UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_fmadd_ps(
-            NAME(join_planes)(a[t]), _mm512_mul_ps(ws, _mm512_set1_ps(cpu_q_scale(x[t], n64)[b])), f[t]);
+        __m512 power = _mm512_load_ps(w64);
+        UNROLL for (int t = 0; t < T; t++) f[t] = NAME(add_block)(a[t], cpu_q_scale(x[t], n64)[b], power, f[t]);
     }
     UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(y + t * 16, f[t]);
 }
@@ -116,7 +133,7 @@ static void NAME(wide_mx4)(const uint8_t *panel, int64_t n64, const void *const 
         __m512 f = _mm512_setzero_ps();
         for (int64_t b = 0; b < n64; b++, head += 32, p += 512) {
             __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)head));
-            __m512 ws = _mm512_mul_ps(mx4_scale(h), _mm512_set1_ps(cpu_q_scale(x[t], n64)[b])), part[2];
+            __m512 ws = _mm512_scalef_ps(_mm512_set1_ps(cpu_q_scale(x[t], n64)[b]), mx4_power(h)), part[2];
             for (int half = 0; half < 2; half++) {
                 __m512i a[2], s = _mm512_and_si512(_mm512_srli_epi32(h, half ? 4 : 0), low4);
                 NAME(begin_planes)(a, cpu_q_c32(x[t], n64)[b * 2 + half]);
@@ -142,24 +159,17 @@ static void NAME(dot_mx4)(const uint8_t *panel, int64_t n_col, const void *const
         NAME(wide_mx4)(panel, n64, x, n, y);
         return;
     }
-    switch (n) {
-    case 1:
-        NAME(mx4_tile)(panel, n64, x, 1, y);
-        return;
-    case 2:
-        NAME(mx4_tile)(panel, n64, x, 2, y);
-        return;
-    case 3:
-        NAME(mx4_tile)(panel, n64, x, 3, y);
-        return;
-    case 4:
-        NAME(mx4_tile)(panel, n64, x, 4, y);
-        return;
-    }
-    cpu_mx4_unpack(panel, n64, scratch);
     const uint8_t *next = panel + cpu_panel_bytes(CPU_MX4, n_col);
-#define CALL(T) NAME(u8_tile)(scratch, at_ ? NULL : next, n64, x + at_, T, y + at_ * 16)
-    FOR_TILES(n, CALL)
+#define CALL(T)                                                                                                        \
+    do {                                                                                                               \
+        if (at_)                                                                                                       \
+            NAME(u8_tile)(scratch, n64, x + at_, T, y + at_ * 16);                                                     \
+        else if (n > (T))                                                                                              \
+            NAME(mx4_tile)(panel, next, n64, x, T, y, scratch);                                                        \
+        else                                                                                                           \
+            NAME(mx4_tile)(panel, NULL, n64, x, T, y, NULL);                                                           \
+    } while (0)
+    FOR_TILES(n, MOST, CALL)
 #undef CALL
 }
 
@@ -168,7 +178,7 @@ static void NAME(dot_mx4)(const uint8_t *panel, int64_t n_col, const void *const
 /* A scale and a minimum per 32 columns, codes of 4 or 5 bits. */
 TILE NAME(min_tile)(const cpu_fmt fmt, const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
     const __m512i low4 = _mm512_set1_epi8(15), fifth = _mm512_set1_epi8(16);
-    __m512 f[8];
+    __m512 f[MOST];
     UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
     for (int64_t b = 0; b < n64 * 2; b++) {
         cpu_min_block at = cpu_min_at(fmt, panel, b);
@@ -177,7 +187,7 @@ TILE NAME(min_tile)(const cpu_fmt fmt, const uint8_t *panel, int64_t n64, const 
             ws = _mm512_mul_ps(ws, bytes16(at.scale));
             ms = _mm512_mul_ps(ms, bytes16(at.scale + 128));
         }
-        __m512i a[8][2], high = cpu_min_fifth(fmt) ? _mm512_loadu_si512(at.high) : low4;
+        __m512i a[MOST][2], high = cpu_min_fifth(fmt) ? _mm512_loadu_si512(at.high) : low4;
         UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], 0);
         UNROLL for (int j = 0; j < 4; j++) {
             __m512i v = _mm512_loadu_si512(at.nibbles + j * 64);
@@ -206,7 +216,7 @@ TILE NAME(min_tile)(const cpu_fmt fmt, const uint8_t *panel, int64_t n64, const 
 TILE NAME(min_rows)(const cpu_fmt fmt, const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y) {
     int64_t n64 = cpu_n64(n_col);
 #define CALL(T) NAME(min_tile)(fmt, panel, n64, x + at_, T, y + at_ * 16)
-    FOR_TILES(n, CALL)
+    FOR_TILES(n, MOST, CALL)
 #undef CALL
 }
 GEN_MIN(NAME(dot_q41), CPU_Q41, NAME(min_rows))
@@ -216,14 +226,14 @@ GEN_MIN(NAME(dot_q5k), CPU_Q5K, NAME(min_rows))
 
 TILE NAME(q6k_tile)(const uint8_t *panel, int64_t n64, const void *const *x, const int T, float *y) {
     const __m512i low4 = _mm512_set1_epi8(15), bits = _mm512_set1_epi8(0x30);
-    __m512 f[8];
+    __m512 f[MOST];
     UNROLL for (int t = 0; t < T; t++) f[t] = _mm512_setzero_ps();
     for (int64_t b = 0; b < n64 * 4; b++) { /* blocks of 16 */
         const uint8_t *head = panel + b / 16 * 3392, *p = head + 320 + b % 16 * 128;
         __m512i high = _mm512_loadu_si512(head + 2368 + b % 16 * 64);
         __m512 ws = _mm512_mul_ps(half16(head), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
                                                     _mm_loadu_si128((const __m128i *)(head + 64 + b % 16 * 16)))));
-        __m512i a[8][2];
+        __m512i a[MOST][2];
         UNROLL for (int t = 0; t < T; t++) NAME(begin_planes)(a[t], cpu_q_c16(x[t], n64)[b]);
         UNROLL for (int j = 0; j < 2; j++) {
             __m512i v = _mm512_loadu_si512(p + j * 64);
@@ -248,7 +258,7 @@ static void NAME(dot_q6k)(const uint8_t *panel, int64_t n_col, const void *const
     (void)scratch;
     int64_t n64 = cpu_n64(n_col);
 #define CALL(T) NAME(q6k_tile)(panel, n64, x + at_, T, y + at_ * 16)
-    FOR_TILES(n, CALL)
+    FOR_TILES(n, MOST, CALL)
 #undef CALL
 }
 

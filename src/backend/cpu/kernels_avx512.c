@@ -33,22 +33,26 @@ static inline __m512 bytes16(const void *p) { return _mm512_cvtepi32_ps(_mm512_c
 
 static inline __m512 half16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 
-/* Call TILE_FN with T = 8 as long as possible, then 4, 2, 1. */
-#define FOR_TILES(n, call)                                                                                             \
-    for (int at_ = 0; at_ < (n);) {                                                                                    \
-        int left_ = (n)-at_;                                                                                           \
-        if (left_ >= 8) {                                                                                              \
-            call(8);                                                                                                   \
-            at_ += 8;                                                                                                  \
-        } else if (left_ >= 4) {                                                                                       \
-            call(4);                                                                                                   \
-            at_ += 4;                                                                                                  \
-        } else if (left_ >= 2) {                                                                                       \
-            call(2);                                                                                                   \
-            at_ += 2;                                                                                                  \
-        } else {                                                                                                       \
-            call(1);                                                                                                   \
-            at_ += 1;                                                                                                  \
+/* Call with T rows at a time, at most `most` (a constant up to 8): as few tiles as there can be, of sizes that differ
+ * by one at most, because small ones wait for their own sums. */
+#define TILE_CASE(T, most, call)                                                                                       \
+    case T:                                                                                                            \
+        if ((T) <= (most))                                                                                             \
+            call(T);                                                                                                   \
+        break
+#define FOR_TILES(n, most, call)                                                                                       \
+    for (int at_ = 0, left_, rows_; (left_ = (n)-at_) > 0; at_ += rows_) {                                             \
+        int tiles_ = (left_ + (most)-1) / (most);                                                                      \
+        rows_ = (left_ + tiles_ - 1) / tiles_;                                                                         \
+        switch (rows_) {                                                                                               \
+            TILE_CASE(1, most, call);                                                                                  \
+            TILE_CASE(2, most, call);                                                                                  \
+            TILE_CASE(3, most, call);                                                                                  \
+            TILE_CASE(4, most, call);                                                                                  \
+            TILE_CASE(5, most, call);                                                                                  \
+            TILE_CASE(6, most, call);                                                                                  \
+            TILE_CASE(7, most, call);                                                                                  \
+            TILE_CASE(8, most, call);                                                                                  \
         }                                                                                                              \
     }
 
@@ -74,7 +78,7 @@ TILE f32_tile(const uint8_t *panel, int64_t n_col, const void *const *x, const i
 static void dot_f32(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch) {
     (void)scratch;
 #define CALL(T) f32_tile(panel, n_col, x + at_, T, y + at_ * 16)
-    FOR_TILES(n, CALL)
+    FOR_TILES(n, 8, CALL)
 #undef CALL
 }
 
@@ -98,7 +102,7 @@ TILE f16_tile(const uint8_t *panel, int64_t n_col, const void *const *x, const i
 static void dot_f16(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch) {
     (void)scratch;
 #define CALL(T) f16_tile(panel, n_col, x + at_, T, y + at_ * 16)
-    FOR_TILES(n, CALL)
+    FOR_TILES(n, 8, CALL)
 #undef CALL
 }
 
@@ -126,7 +130,7 @@ TILE bf16_tile(const uint8_t *panel, int64_t n_col, const void *const *x, const 
 static void dot_bf16(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y, uint8_t *scratch) {
     (void)scratch;
 #define CALL(T) bf16_tile(panel, n_col, x + at_, T, y + at_ * 16)
-    FOR_TILES(n, CALL)
+    FOR_TILES(n, 8, CALL)
 #undef CALL
 }
 
@@ -148,9 +152,9 @@ static inline __m512i mx4_shift(__m512i head, int half) {
     return half ? s : _mm512_slli_epi16(s, 4);
 }
 
-static inline __m512 mx4_scale(__m512i head) {
-    return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_sub_epi32(_mm512_srli_epi32(head, 8), _mm512_set1_epi32(1)), 23));
+/* The scale of a row's block is 2 to this power. */
+static inline __m512 mx4_power(__m512i head) {
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(head, 8), _mm512_set1_epi32(128)));
 }
 
 /* (nibble & 15) | shift << 4, whose two highest bits vpermb ignores */
@@ -163,7 +167,7 @@ void cpu_mx4_unpack(const uint8_t *panel, int64_t n64, uint8_t *out) {
     const __m512i table = _mm512_load_si512(mx4_table);
     for (int64_t b = 0; b < n64; b++, head += 32, p += 512, out += 1088) {
         __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)head));
-        _mm512_storeu_ps(out, mx4_scale(h));
+        _mm512_storeu_ps(out, _mm512_scalef_ps(_mm512_set1_ps(1), mx4_power(h)));
         UNROLL for (int j = 0; j < 8; j++) {
             __m512i v = _mm512_loadu_si512(p + j * 64), s = mx4_shift(h, j / 4);
             _mm512_storeu_si512(out + 64 + j * 128, _mm512_permutexvar_epi8(mx4_index(v, s), table));
@@ -174,15 +178,19 @@ void cpu_mx4_unpack(const uint8_t *panel, int64_t n64, uint8_t *out) {
 }
 
 #define PLANES 2
+#define MOST 5 /* rows of a tile */
 #define NAME(x) x##_16
 #include "backend/cpu/integer_avx512.h"
 #undef PLANES
+#undef MOST
 #undef NAME
 
 #define PLANES 1
+#define MOST 6
 #define NAME(x) x##_8
 #include "backend/cpu/integer_avx512.h"
 #undef PLANES
+#undef MOST
 #undef NAME
 
 /* ---- attention: scores and values of R query rows in 2 R registers ---- */
@@ -290,7 +298,7 @@ static void attn_f16(cpu_attn_tile *t, const void *k, const void *v) {
         return;
     }
 #define CALL(R) attn_tile(t, k, v, at_, R, true)
-    FOR_TILES(t->n, CALL)
+    FOR_TILES(t->n, 8, CALL)
 #undef CALL
 }
 
@@ -300,7 +308,7 @@ static void attn_f32(cpu_attn_tile *t, const void *k, const void *v) {
         return;
     }
 #define CALL(R) attn_tile(t, k, v, at_, R, false)
-    FOR_TILES(t->n, CALL)
+    FOR_TILES(t->n, 8, CALL)
 #undef CALL
 }
 
