@@ -127,42 +127,57 @@ static const void *row_of(const cpu_rows *x, bool ints, int64_t i) {
     return ints ? (const void *)(x->q + (size_t)i * x->q_stride) : (const void *)(x->f + i * x->f_stride);
 }
 
-/* hidden[entry][16 of a panel] = glu(gate, up) for one expert */
-static void gate_up_panel(cpu_step *s, const cpu_cmd *c, int thread, const cpu_rows *x, const groups *g, int expert,
-                          int64_t index) {
+/* Some of an expert's entries and panels. Rows change last: they stay in the cache while the panels go by. */
+typedef struct share {
+    int expert, at, n;      /* entries at, at + 1, .. of the groups */
+    int64_t panel, n_panel; /* panels panel .. n_panel - 1 */
+} share;
+
+static int next_rows(const groups *g, const share *a) {
+    int left = g->start[a->expert + 1] - a->at;
+    return left < CPU_TOKENS ? left : CPU_TOKENS;
+}
+
+/* hidden[entry][16 of a panel] = glu(gate, up) */
+static void gate_up_rows(cpu_step *s, const cpu_cmd *c, int thread, const cpu_rows *x, const groups *g,
+                         const share *a) {
     cpu_device *d = s->dev;
     const cpu_weight *w = c->w;
     float *gate = d->local[thread].y, *up = gate + CPU_TOKENS * CPU_PANEL;
-    int64_t stride = d->sized.n_ff;
-    for (int at = g->start[expert]; at < g->start[expert + 1]; at += CPU_TOKENS) {
-        int n = g->start[expert + 1] - at < CPU_TOKENS ? g->start[expert + 1] - at : CPU_TOKENS;
-        const void *ptr[2][CPU_TOKENS];
-        for (int i = 0; i < n; i++)
-            for (int p = 0; p < 2; p++)
-                ptr[p][i] = row_of(x, cpu_fmt_is_int(w->part[p].fmt), g->entry[at + i] / c->top_k);
-        dot_panel(s, thread, w, 0, expert, index, ptr[0], n, gate);
-        dot_panel(s, thread, w, 1, expert, index, ptr[1], n, up);
-        d->k->glu(gate, up, n * CPU_PANEL, c->glu.alpha, c->glu.limit, gate);
-        for (int i = 0; i < n; i++)
-            memcpy(d->shared.hidden + g->entry[at + i] * stride + index * CPU_PANEL, gate + i * CPU_PANEL,
+    const void *ptr[2][CPU_TOKENS];
+    for (int i = 0; i < a->n; i++)
+        for (int p = 0; p < 2; p++)
+            ptr[p][i] = row_of(x, cpu_fmt_is_int(w->part[p].fmt), g->entry[a->at + i] / c->top_k);
+    for (int64_t p = a->panel; p < a->n_panel; p++) {
+        dot_panel(s, thread, w, 0, a->expert, p, ptr[0], a->n, gate);
+        dot_panel(s, thread, w, 1, a->expert, p, ptr[1], a->n, up);
+        d->k->glu(gate, up, a->n * CPU_PANEL, c->glu.alpha, c->glu.limit, gate);
+        for (int i = 0; i < a->n; i++)
+            memcpy(d->shared.hidden + g->entry[a->at + i] * d->sized.n_ff + p * CPU_PANEL, gate + i * CPU_PANEL,
                    CPU_PANEL * sizeof(float));
     }
 }
 
-/* out[entry * out_stride + 0..15] = down . hidden + bias for one expert's entries */
-static void down_panel(cpu_step *s, const cpu_cmd *c, int thread, const cpu_rows *x, const groups *g, int expert,
-                       int64_t index, float *out, int64_t out_stride) {
+/* out[entry * out_stride + 16 of a panel] = down . hidden + bias; the first panel's are at out */
+static void down_rows(cpu_step *s, const cpu_cmd *c, int thread, const cpu_rows *x, const groups *g, const share *a,
+                      float *out, int64_t out_stride) {
     bool ints = cpu_fmt_is_int(c->w2->part[0].fmt);
     float *y = s->dev->local[thread].y;
-    for (int at = g->start[expert]; at < g->start[expert + 1]; at += CPU_TOKENS) {
-        int n = g->start[expert + 1] - at < CPU_TOKENS ? g->start[expert + 1] - at : CPU_TOKENS;
-        const void *ptr[CPU_TOKENS];
-        for (int i = 0; i < n; i++)
-            ptr[i] = row_of(x, ints, g->entry[at + i]);
-        dot_panel(s, thread, c->w2, 0, expert, index, ptr, n, y);
-        for (int i = 0; i < n; i++)
-            memcpy(out + g->entry[at + i] * out_stride, y + i * CPU_PANEL, CPU_PANEL * sizeof(float));
+    const void *ptr[CPU_TOKENS];
+    for (int i = 0; i < a->n; i++)
+        ptr[i] = row_of(x, ints, g->entry[a->at + i]);
+    for (int64_t p = a->panel; p < a->n_panel; p++, out += CPU_PANEL) {
+        dot_panel(s, thread, c->w2, 0, a->expert, p, ptr, a->n, y);
+        for (int i = 0; i < a->n; i++)
+            memcpy(out + g->entry[a->at + i] * out_stride, y + i * CPU_PANEL, CPU_PANEL * sizeof(float));
     }
+}
+
+/* The panels of run `run` of an expert: as many as are taken at a time. */
+static share share_of(const groups *g, int expert, int64_t run, int64_t size, int64_t n_panel) {
+    share a = {.expert = expert, .at = g->start[expert], .panel = run * size, .n_panel = (run + 1) * size};
+    a.n_panel = a.n_panel < n_panel ? a.n_panel : n_panel;
+    return a;
 }
 
 /* y += sum over slots of weight * out, in slot order */
@@ -188,8 +203,11 @@ static void down_few(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x, con
     cpu_turns turns = cpu_turns_of(&c->next[1], runs, thread, s->dev->n_thread);
     for (int64_t i; (i = cpu_turn(&turns)) < runs;)
         for (int64_t p = i * RUN_FEW; p < (i + 1) * RUN_FEW && p < n_panel; p++) {
-            for (int e = 0; e < g->n_active; e++)
-                down_panel(s, c, thread, x, g, g->active[e], p, out, CPU_PANEL);
+            for (int e = 0; e < g->n_active; e++) {
+                share a = share_of(g, g->active[e], p, 1, n_panel);
+                a.n = next_rows(g, &a);
+                down_rows(s, c, thread, x, g, &a, out, CPU_PANEL);
+            }
             int64_t lanes = n_row - p * CPU_PANEL < CPU_PANEL ? n_row - p * CPU_PANEL : CPU_PANEL;
             for (int64_t t = 0; t < n; t++)
                 combine(s->dev, c, t, out + t * c->top_k * CPU_PANEL, CPU_PANEL, p * CPU_PANEL, lanes);
@@ -200,8 +218,9 @@ static void down_many(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x, co
     cpu_device *d = s->dev;
     int64_t n_panel = c->w2->part[0].n_panel, runs = (n_panel + RUN_MANY - 1) / RUN_MANY, stride = d->sized.n_ff;
     for (int64_t i; (i = atomic_fetch_add_explicit(&c->next[1], 1, memory_order_relaxed)) < runs * g->n_active;)
-        for (int64_t p = i % runs * RUN_MANY, end = p + RUN_MANY; p < end && p < n_panel; p++)
-            down_panel(s, c, thread, x, g, g->active[i / runs], p, d->shared.down + p * CPU_PANEL, stride);
+        for (share a = share_of(g, g->active[i / runs], i % runs, RUN_MANY, n_panel); (a.n = next_rows(g, &a)) > 0;
+             a.at += a.n)
+            down_rows(s, c, thread, x, g, &a, d->shared.down + a.panel * CPU_PANEL, stride);
     pool_barrier(d->pool);
     for (int64_t t = thread; t < c->x->base.n_row; t += d->n_thread)
         combine(d, c, t, d->shared.down + t * c->top_k * stride, stride, 0, c->w2->base.n_row);
@@ -220,8 +239,9 @@ static void run_experts(cpu_step *s, cpu_cmd *c, int thread) {
     /* with many rows experts have unequal shares of them: nobody owns any in advance */
     cpu_turns turns = cpu_turns_of(&c->next[0], few ? runs * g.n_active : 0, thread, d->n_thread);
     for (int64_t i; (i = cpu_turn(&turns)) < runs * g.n_active;)
-        for (int64_t p = i % runs * run, end = p + run; p < end && p < n_panel; p++)
-            gate_up_panel(s, c, thread, &x, &g, g.active[i / runs], p);
+        for (share a = share_of(&g, g.active[i / runs], i % runs, run, n_panel); (a.n = next_rows(&g, &a)) > 0;
+             a.at += a.n)
+            gate_up_rows(s, c, thread, &x, &g, &a);
     pool_barrier(d->pool);
 
     bool ints = cpu_wants_ints(c->w2);
