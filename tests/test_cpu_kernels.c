@@ -10,6 +10,7 @@
 #include <cmocka.h>
 
 #include "backend/cpu/internal.h"
+#include "base/half.h"
 
 enum { N_COL = 512, ROWS = 16, TOKENS = 29 };
 
@@ -157,6 +158,82 @@ static void test_activations_of_zero(void **state) {
     on_every_tier(check_zero);
 }
 
+/* ---- attention to one page ---- */
+
+enum { HEAD = 64, QUERIES = 21, SEEN_FIRST = 3, SEEN_LAST = 54 };
+
+static struct {
+    float q[QUERIES][HEAD], k[HEAD][CPU_PAGE], v[CPU_PAGE][HEAD], acc[QUERIES][HEAD];
+    uint16_t k16[HEAD][CPU_PAGE], v16[CPU_PAGE][HEAD];
+} page;
+
+/* What nobody sees is not a number. */
+static void fill_page(void) {
+    uint32_t seed = 3;
+    for (int i = 0; i < QUERIES * HEAD; i++)
+        page.q[i / HEAD][i % HEAD] = 2 * uniform(&seed);
+    for (int p = 0; p < CPU_PAGE; p++)
+        for (int d = 0; d < HEAD; d++) {
+            bool seen = p >= SEEN_FIRST && p <= SEEN_LAST;
+            page.k16[d][p] = seen ? f16_from_f32(uniform(&seed)) : 0x7e00;
+            page.v16[p][d] = seen ? f16_from_f32(uniform(&seed)) : 0x7e00;
+            page.k[d][p] = f32_from_f16(page.k16[d][p]);
+            page.v[p][d] = f32_from_f16(page.v16[p][d]);
+        }
+}
+
+/* n rows from row `at` on, every fifth of which sees nothing. */
+static void attend(const cpu_kernels *k, bool f16, int at, int n, cpu_attn_tile *t) {
+    *t = (cpu_attn_tile){.n = n, .head_dim = HEAD, .scale = 0.125f};
+    for (int i = 0; i < n; i++) {
+        int row = at + i;
+        t->q[i] = page.q[row];
+        t->first[i] = row % 2 ? SEEN_FIRST : SEEN_FIRST + row;
+        t->last[i] = row % 5 == 4 ? -1 : SEEN_LAST - row;
+        t->max[i] = -INFINITY;
+        t->acc[i] = memset(page.acc[row], 0, sizeof page.acc[row]);
+    }
+    (f16 ? k->attn_f16 : k->attn_f32)(t, f16 ? (void *)page.k16 : page.k, f16 ? (void *)page.v16 : page.v);
+}
+
+static double attention_error(const cpu_attn_tile *t, int row) {
+    double want[HEAD] = {0}, sum = 0, worst = 0;
+    for (int p = t->first[row]; p <= t->last[row]; p++) {
+        double s = 0;
+        for (int d = 0; d < HEAD; d++)
+            s += (double)page.q[row][d] * page.k[d][p];
+        s = exp(s * t->scale);
+        sum += s;
+        for (int d = 0; d < HEAD; d++)
+            want[d] += s * page.v[p][d];
+    }
+    for (int d = 0; sum > 0 && d < HEAD; d++)
+        worst = fmax(worst, fabs(t->acc[row][d] / t->sum[row] - want[d] / sum));
+    return sum > 0 ? worst : fabs(t->acc[row][0]);
+}
+
+static void check_attention(const cpu_kernels *k, double bound) {
+    float all[QUERIES][HEAD];
+    cpu_attn_tile t;
+    for (int f16 = 0; f16 < 2; f16++) {
+        attend(k, f16, 0, QUERIES, &t);
+        for (int row = 0; row < QUERIES; row++)
+            if (!(attention_error(&t, row) <= bound * 0.05))
+                fail_msg("row %d: error %.2e of %.2e", row, attention_error(&t, row), bound * 0.05);
+        memcpy(all, page.acc, sizeof all);
+        for (int row = 0; row < QUERIES; row++) { /* alone and in any company: the same bits */
+            attend(k, f16, row, row + 3 < QUERIES ? 1 + row % 3 : 1, &t);
+            assert_memory_equal(page.acc[row], all[row], sizeof all[row]);
+        }
+    }
+}
+
+static void test_attention_on_every_tier(void **state) {
+    (void)state;
+    fill_page();
+    on_every_tier(check_attention);
+}
+
 /* The tiles of AMX and the vectors of AVX-512 do the same arithmetic. */
 static void test_amx_has_the_bits_of_avx512(void **state) {
     (void)state;
@@ -193,6 +270,7 @@ int main(void) {
         cmocka_unit_test(test_columns_and_rows_that_do_not_fill_a_block),
         cmocka_unit_test(test_mxfp4_exponents_far_apart),
         cmocka_unit_test(test_activations_of_zero),
+        cmocka_unit_test(test_attention_on_every_tier),
         cmocka_unit_test(test_amx_has_the_bits_of_avx512),
     };
     return cmocka_run_group_tests(tests, setup, NULL);

@@ -87,12 +87,12 @@ void cpu_kv_write(be_step *s, const be_attn *a, const be_act *qkv) {
 
 /* ---- attention ---- */
 
-/* A tile: up to 8 query rows that read the same KV head of the same sequence. */
+/* Query rows that read the same KV head of the same sequence. */
 typedef struct tile {
     cpu_attn_tile t;
     int pos[CPU_ATTN_ROWS], head[CPU_ATTN_ROWS];
     float *out[CPU_ATTN_ROWS];
-    float acc[CPU_ATTN_ROWS][256] __attribute__((aligned(64)));
+    float acc[CPU_ATTN_ROWS * 256] __attribute__((aligned(64))); /* [row][head_dim] */
 } tile;
 
 static int first_visible(const be_attn *a, int pos) { return a->window && pos >= a->window ? pos - a->window + 1 : 0; }
@@ -106,8 +106,8 @@ static void run_tile(cpu_step *s, const be_attn *a, tile *w, int slot, int kv_he
     for (int i = 0; i < t->n; i++) {
         t->max[i] = -INFINITY;
         t->sum[i] = 0;
-        t->acc[i] = w->acc[i];
-        memset(w->acc[i], 0, (size_t)a->head_dim * sizeof(float));
+        t->acc[i] = w->acc + i * a->head_dim;
+        memset(t->acc[i], 0, (size_t)a->head_dim * sizeof(float));
         int first = first_visible(a, w->pos[i]);
         low = first < low ? first : low;
         high = w->pos[i] > high ? w->pos[i] : high;
@@ -131,7 +131,7 @@ static void run_tile(cpu_step *s, const be_attn *a, tile *w, int slot, int kv_he
         }
         float inv = keep / sum;
         for (int d = 0; d < a->head_dim; d++)
-            w->out[i][d] = w->acc[i][d] * inv;
+            w->out[i][d] = t->acc[i][d] * inv;
     }
 }
 

@@ -12,9 +12,9 @@
 
 #include "base/cpu.h"
 
-#define CPU_PANEL 16    /* rows of a panel */
-#define CPU_TOKENS 128  /* activation rows that a kernel is called with at most */
-#define CPU_ATTN_ROWS 8 /* query rows that share a KV head's page in one call */
+#define CPU_PANEL 16     /* rows of a panel */
+#define CPU_TOKENS 128   /* activation rows that a kernel is called with at most */
+#define CPU_ATTN_ROWS 64 /* query rows that share a KV head's page in one call */
 #define CPU_PAGE 64
 
 typedef enum cpu_fmt {
@@ -118,7 +118,7 @@ static inline size_t cpu_dot_scratch(int64_t n_col) { return (size_t)cpu_n64(n_c
 typedef void (*cpu_dot_fn)(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y /* [n][16] */,
                            uint8_t *scratch);
 
-/* One page of one KV head against up to 8 query rows: K transposed [head_dim][64], V [64][head_dim]. */
+/* One page of one KV head against some query rows: K transposed [head_dim][64], V [64][head_dim]. */
 typedef struct cpu_attn_tile {
     int n, head_dim;
     float scale;
@@ -148,8 +148,8 @@ typedef struct cpu_kernels {
     void (*attn_f32)(cpu_attn_tile *t, const void *k, const void *v);
 } cpu_kernels;
 
-/* Never NULL: the best table that was compiled for `tier` or below. few_bits: with 8-bit activations, where the tier
- * has them (AVX-512). */
+/* Never NULL: the best table that was compiled for `tier` or below. few_bits: with 8-bit activations and
+ * attention in bf16, where the tier has them (AVX-512). */
 const cpu_kernels *cpu_kernels_for(cpu_tier tier, bool few_bits);
 
 extern const cpu_kernels cpu_kernels_portable;

@@ -193,124 +193,7 @@ void cpu_mx4_unpack(const uint8_t *panel, int64_t n64, uint8_t *out) {
 #undef MOST
 #undef NAME
 
-/* ---- attention: scores and values of R query rows in 2 R registers ---- */
-
-/* gen_exp, but exactly 0 for -infinity */
-static inline __m512 exp16(__m512 x) {
-    __mmask16 visible = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-INFINITY), _CMP_NEQ_OQ);
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    f = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), f);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, f), f, f), _mm512_set1_ps(1.0f));
-    return _mm512_maskz_scalef_ps(visible, p, n);
-}
-
-/* gen_softmax in registers */
-static inline float softmax(cpu_attn_tile *t, int i, float *s) {
-    const uint64_t bits = (~0ull >> (63 - t->last[i])) & (~0ull << t->first[i]);
-    const __m512 none = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(t->scale);
-    __m512 v[4], sum = _mm512_setzero_ps();
-    UNROLL for (int j = 0; j < 4; j++) v[j] =
-        _mm512_mask_mul_ps(none, (__mmask16)(bits >> (j * 16)), _mm512_loadu_ps(s + j * 16), scale);
-    float best = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(v[0], v[1]), _mm512_max_ps(v[2], v[3])));
-    float top = best > t->max[i] ? best : t->max[i];
-    UNROLL for (int j = 0; j < 4; j++) {
-        v[j] = exp16(_mm512_sub_ps(v[j], _mm512_set1_ps(top)));
-        _mm512_storeu_ps(s + j * 16, v[j]);
-        sum = _mm512_add_ps(sum, v[j]);
-    }
-    float keep = _mm512_cvtss_f32(exp16(_mm512_set1_ps(t->max[i] - top)));
-    t->max[i] = top;
-    t->sum[i] = t->sum[i] * keep + _mm512_reduce_add_ps(sum);
-    return keep;
-}
-
-static inline __m512 load16(const void *p, int64_t i, const bool f16) {
-    return f16 ? half16((const uint16_t *)p + i) : _mm512_loadu_ps((const float *)p + i);
-}
-
-TILE attn_tile(cpu_attn_tile *t, const void *k, const void *v, const int at, const int R, const bool f16) {
-    int hd = t->head_dim, first = CPU_PAGE, last = -1;
-    float s[CPU_ATTN_ROWS][CPU_PAGE], keep[CPU_ATTN_ROWS];
-    UNROLL for (int r = 0; r < R; r++) {
-        if (t->last[at + r] < t->first[at + r])
-            continue;
-        first = t->first[at + r] < first ? t->first[at + r] : first;
-        last = t->last[at + r] > last ? t->last[at + r] : last;
-    }
-    if (last < first)
-        return;
-    for (int p = 0; p < CPU_PAGE; p += 32) {
-        __m512 a[8], b[8];
-        UNROLL for (int r = 0; r < R; r++) a[r] = b[r] = _mm512_setzero_ps();
-        for (int d = 0; d < hd; d++) {
-            __m512 k0 = load16(k, d * CPU_PAGE + p, f16), k1 = load16(k, d * CPU_PAGE + p + 16, f16);
-            UNROLL for (int r = 0; r < R; r++) {
-                __m512 q = _mm512_set1_ps(t->q[at + r][d]);
-                a[r] = _mm512_fmadd_ps(q, k0, a[r]);
-                b[r] = _mm512_fmadd_ps(q, k1, b[r]);
-            }
-        }
-        UNROLL for (int r = 0; r < R; r++) {
-            _mm512_storeu_ps(&s[r][p], a[r]);
-            _mm512_storeu_ps(&s[r][p + 16], b[r]);
-        }
-    }
-    for (int r = 0; r < R; r++) {
-        if (t->last[at + r] < t->first[at + r]) {
-            keep[r] = 1;
-            memset(s[r], 0, sizeof s[r]);
-        } else {
-            keep[r] = softmax(t, at + r, s[r]);
-        }
-    }
-    for (int d = 0; d < hd; d += 32) {
-        __m512 a[8], b[8];
-        UNROLL for (int r = 0; r < R; r++) {
-            a[r] = _mm512_mul_ps(_mm512_loadu_ps(t->acc[at + r] + d), _mm512_set1_ps(keep[r]));
-            b[r] = _mm512_mul_ps(_mm512_loadu_ps(t->acc[at + r] + d + 16), _mm512_set1_ps(keep[r]));
-        }
-        for (int p = first; p <= last; p++) {
-            __m512 v0 = load16(v, p * hd + d, f16), v1 = load16(v, p * hd + d + 16, f16);
-            UNROLL for (int r = 0; r < R; r++) {
-                __m512 w = _mm512_set1_ps(s[r][p]);
-                a[r] = _mm512_fmadd_ps(w, v0, a[r]);
-                b[r] = _mm512_fmadd_ps(w, v1, b[r]);
-            }
-        }
-        UNROLL for (int r = 0; r < R; r++) {
-            _mm512_storeu_ps(t->acc[at + r] + d, a[r]);
-            _mm512_storeu_ps(t->acc[at + r] + d + 16, b[r]);
-        }
-    }
-}
-
-static void attn_f16(cpu_attn_tile *t, const void *k, const void *v) {
-    if (t->head_dim % 32) {
-        gen_attn_f16(t, k, v);
-        return;
-    }
-#define CALL(R) attn_tile(t, k, v, at_, R, true)
-    FOR_TILES(t->n, 8, CALL)
-#undef CALL
-}
-
-static void attn_f32(cpu_attn_tile *t, const void *k, const void *v) {
-    if (t->head_dim % 32) {
-        gen_attn_f32(t, k, v);
-        return;
-    }
-#define CALL(R) attn_tile(t, k, v, at_, R, false)
-    FOR_TILES(t->n, 8, CALL)
-#undef CALL
-}
+#include "backend/cpu/attention_avx512.h"
 
 #define TABLE(bits, i8, mx4)                                                                                           \
     {                                                                                                                  \
@@ -326,7 +209,7 @@ static void attn_f32(cpu_attn_tile *t, const void *k, const void *v) {
                 [CPU_Q6K] = dot_q6k_##bits},                                                                           \
         .quantise = quantise_##bits, .rms_norm = gen_rms_norm, .layer_norm = gen_layer_norm, .glu = gen_glu,           \
         .gelu_tanh = gen_gelu_tanh, .put = gen_put, .combine = gen_combine, .rotate = gen_rotate,                      \
-        .attn_f16 = attn_f16, .attn_f32 = attn_f32,                                                                    \
+        .attn_f16 = attn_f16_##bits, .attn_f32 = attn_f32_##bits,                                                      \
     }
 
 const cpu_kernels cpu_kernels_avx512 = TABLE(16, dot_i8_16, dot_mx4_16);
