@@ -144,7 +144,10 @@ static void drop_bias_copies(walk *w) {
 static orcd_status bind(walk *w, const arch_slot *s, be_load *l, orcd_error *err) {
     bool experts = s->use == BE_USE_GATE_UP || s->use == BE_USE_DOWN;
     bool dense = s->use == BE_USE_LINEAR && s->part[0].row != DIM_EXPERTS;
-    *l = (be_load){.use = s->use, .dense = dense, .host = experts && w->layer >= w->c->n_layer - w->c->n_host_layers};
+    *l = (be_load){.use = s->use,
+                   .dense = dense,
+                   .host = experts && w->layer >= w->c->n_layer - w->c->n_host_layers,
+                   .head = s->use == BE_USE_LINEAR && s->part[0].row == DIM_VOCAB};
     uint64_t mats = experts ? (uint64_t)w->c->n_expert : 1;
     for (int i = 0; i < 3 && s->part[i].gguf; i++) {
         ORCD_TRY(find_part(w, &s->part[i], mats, &l->part[i], err));

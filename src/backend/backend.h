@@ -56,6 +56,7 @@ typedef struct be_load {
     mf_tensor bias[3]; /* bias[i]: part[i].n_mat * part[i].n_row values */
     bool dense;        /* be_params.dense_type may lower the precision of its parts: not a router's */
     bool host;         /* experts: stay in host memory, where the device has a way to compute there (cuda) */
+    bool head;         /* its products are the logits, see be_batch.best */
 } be_load;
 
 typedef struct be_weight { /* first member of each backend's own struct */
@@ -119,6 +120,7 @@ typedef struct be_batch {
     const int32_t *slot;    /* [n_tok] */
     int n_out;              /* 0..max_out: rows whose logits are wanted */
     const int32_t *out_row; /* [n_out], ascending */
+    bool best;              /* of each row's logits only the largest is looked at: smaller ones may become -INFINITY */
 } be_batch;
 #define BE_TOKEN_OF(k) (-1 - (k))
 

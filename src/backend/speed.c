@@ -99,7 +99,7 @@ static orcd_status step(be_device *d, const product *p, int rows, double *second
     int repeats = d->ops->resident ? 8 : 1; /* on a GPU one product is short beside its launch */
     be_step *s;
     double t0 = now();
-    ORCD_TRY(d->ops->step_begin(d, p->kv, &(be_batch){rows, p->zero, p->zero, p->zero, 0, p->zero}, &s, err));
+    ORCD_TRY(d->ops->step_begin(d, p->kv, &(be_batch){rows, p->zero, p->zero, p->zero, 0, p->zero, false}, &s, err));
     for (int i = 0; i < repeats; i++)
         d->ops->linear(s, p->w, p->x, p->y, BE_EPI_NONE);
     ORCD_TRY(d->ops->step_end(s, err));

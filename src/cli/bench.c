@@ -15,7 +15,7 @@ enum { MAX_LIST = 16, MAX_REPS = 100 };
 typedef struct options {
     const char *device, *prompt, *depth, *streams, *kv_type, *dense_type, *svg;
     int64_t threads, chunk, gen, reps, act_bits, cpu_experts, kernel_mib;
-    bool no_repack, no_ceilings, kernels, csv, json;
+    bool no_repack, no_ceilings, kernels, csv, json, all_logits;
 } options;
 
 static const cli_option option[] = {
@@ -33,6 +33,7 @@ static const cli_option option[] = {
     {"cpu-experts", 0, CLI_INT, offsetof(options, cpu_experts), 0, 1024, "N",
      "experts of N layers in host memory (cuda)"},
     {"no-repack", 0, CLI_FLAG, offsetof(options, no_repack), 0, 0, "", "run from the mapped file (cpu)"},
+    {"all-logits", 0, CLI_FLAG, offsetof(options, all_logits), 0, 0, "", "decode as with a temperature, not greedily"},
     {"no-ceilings", 0, CLI_FLAG, offsetof(options, no_ceilings), 0, 0, "", "do not measure the device itself"},
     {"kernels", 0, CLI_FLAG, offsetof(options, kernels), 0, 0, "", "products of each weight type instead of a model"},
     {"kernel-mib", 0, CLI_INT, offsetof(options, kernel_mib), 1, 16384, "N", "size of their weights (default 256)"},
@@ -258,7 +259,7 @@ static int32_t draw(const bench *b, uint32_t *seed) {
 
 /* Rows at .. at + n - 1 of the prompts of all streams laid end to end, with logits of each one's last row here. */
 static orcd_status prefill_step(bench *b, const bench_row *r, int at, int n, uint32_t *seed, orcd_error *err) {
-    be_batch batch = {n, b->token, b->pos, b->slot, 0, b->out_row};
+    be_batch batch = {n, b->token, b->pos, b->slot, 0, b->out_row, false};
     for (int i = 0; i < n; i++) {
         b->token[i] = draw(b, seed);
         b->pos[i] = r->depth + (at + i) % r->tokens;
@@ -283,8 +284,8 @@ static orcd_status decode_step(bench *b, int streams, int pos, uint32_t *seed, b
         b->slot[i] = b->out_row[i] = i;
     }
     be_step *s;
-    ORCD_TRY(b->dev->ops->step_begin(b->dev, b->kv,
-                                     &(be_batch){streams, b->token, b->pos, b->slot, streams, b->out_row}, &s, err));
+    be_batch batch = {streams, b->token, b->pos, b->slot, streams, b->out_row, !b->o->all_logits};
+    ORCD_TRY(b->dev->ops->step_begin(b->dev, b->kv, &batch, &s, err));
     *logits = arch_forward(b->model, s);
     if (sample)
         b->dev->ops->sample(s, *logits, b->greedy);

@@ -145,6 +145,8 @@ static inline int32_t seq_n_top(const eng *e, const seq *s) {
 }
 /* What a device needs to draw the token at position `next`, or to score the one that is there. */
 be_sample seq_sample(const eng *e, const seq *s, int32_t next, bool scores);
+/* True when nothing but the largest logit decides, and nothing else is told. */
+bool seq_wants_best(const seq *s);
 /* Draw the next token from the last row's logits. */
 orcd_status seq_draw(eng *e, const seq *s, const float *logits, int32_t *id, orcd_error *err) ORCD_MUST_USE;
 /* Tokens of the prompt that on_prompt still waits for. */

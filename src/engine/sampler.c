@@ -310,6 +310,10 @@ static void edit(samp *s, const samp_input *in) {
     }
 }
 
+bool samp_is_greedy(const samp_params *p) {
+    return p->temperature <= 0 || !isfinite(1 / p->temperature) || p->top_k == 1 || p->top_p <= 0;
+}
+
 orcd_status samp_draw(samp *s, const samp_input *in, int32_t *id, orcd_error *err) {
     const samp_params *p = in->params;
     const float *x = in->logits;
@@ -324,15 +328,11 @@ orcd_status samp_draw(samp *s, const samp_input *in, int32_t *id, orcd_error *er
         return orcd_fail(err, ORCD_ERR_INTERNAL, "numerical error: %s",
                          max == -INFINITY ? "no token is allowed here"
                                           : "the model's output is not a number, this request ends");
-    if (p->temperature <= 0 || p->top_k == 1 || p->top_p <= 0) {
+    if (samp_is_greedy(p)) {
         *id = first_equal(x, s->n_vocab, s->peak, max);
         return ORCD_OK;
     }
     float inv_t = 1 / p->temperature;
-    if (!isfinite(inv_t)) {
-        *id = first_equal(x, s->n_vocab, s->peak, max);
-        return ORCD_OK;
-    }
     double u = rng_uniform(p->seed, 0, in->draw);
     if ((p->top_k <= 0 || p->top_k >= s->n_vocab) && p->top_p >= 1 && p->min_p <= 0) {
         *id = draw_all(s, x, max, inv_t, u);

@@ -5,6 +5,7 @@
 #ifndef ORCD_ENGINE_SAMPLER_H
 #define ORCD_ENGINE_SAMPLER_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -21,6 +22,9 @@ typedef struct samp_params {
 } samp_params;
 
 #define SAMP_DEFAULTS ((samp_params){.temperature = 1, .top_p = 1, .repetition_penalty = 1})
+
+/* Draws the largest, whatever the seed. */
+bool samp_is_greedy(const samp_params *p);
 
 typedef struct samp samp;
 

@@ -347,6 +347,7 @@ static void lay_out_outputs(eng *e, seq *s, be_batch *b, flight *f) {
             continue;
         e->sample[b->n_out] = seq_sample(e, s, next, scores);
         f->likely |= e->sample[b->n_out].likely;
+        b->best &= !scores && seq_wants_best(s);
         f->seq[b->n_out] = s;
         f->score[b->n_out] = scores ? next : 0;
         e->out_row[b->n_out++] = b->n_tok - s->rows + k;
@@ -355,7 +356,7 @@ static void lay_out_outputs(eng *e, seq *s, be_batch *b, flight *f) {
 
 /* Lay the rows out and map their pages. A sequence for which no page is left ends here. */
 static void lay_out(eng *e, be_batch *b, flight *f) {
-    *b = (be_batch){.token = e->row_token, .pos = e->row_pos, .slot = e->row_slot, .out_row = e->out_row};
+    *b = (be_batch){.token = e->row_token, .pos = e->row_pos, .slot = e->row_slot, .out_row = e->out_row, .best = true};
     f->n_out = f->n_decode = f->n_prefill = 0;
     f->likely = false;
     for (int i = 0; i < e->n_running; i++) {

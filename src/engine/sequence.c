@@ -276,6 +276,12 @@ static void append(seq *s, int32_t id) {
     count_generated(s, id, 1);
 }
 
+bool seq_wants_best(const seq *s) {
+    const samp_params *p = &s->r.sampling;
+    bool edited = s->r.mask || s->r.n_bias > 0 || has_penalties(p);
+    return samp_is_greedy(p) && !edited && s->r.top_logprobs < 0;
+}
+
 static bool is_stop(const seq *s, int32_t id) {
     for (int i = 0; i < s->r.n_stop_id && !s->r.ignore_eos; i++)
         if (s->r.stop_id[i] == id)

@@ -132,7 +132,7 @@ static orcd_status step(teacher *t, orcd_error *err) {
         if (pos0 + i >= t->run.first)
             t->out_row[t->run.n_out++] = i;
     }
-    be_batch b = {n, t->token, t->pos, t->slot, t->run.n_out, t->out_row};
+    be_batch b = {n, t->token, t->pos, t->slot, t->run.n_out, t->out_row, false};
     be_step *s;
     ORCD_TRY(t->dev->ops->step_begin(t->dev, t->kv, &b, &s, err));
     t->run.logits = arch_forward(t->model, s);

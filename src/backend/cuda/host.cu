@@ -107,7 +107,7 @@ orcd_status cuda_host_check(cuda_dev *d, orcd_error *err) {
 static orcd_status compute(cuda_host *h, const cuda_weight *w, orcd_error *err) {
     const be_ops *cpu = h->dev->ops;
     const int n = *h->n_row;
-    const be_batch batch = {n, NULL, NULL, NULL, 0, NULL};
+    const be_batch batch = {n, NULL, NULL, NULL, 0, NULL, false};
     be_step *s = NULL;
     if (n == 0)
         return ORCD_OK;
