@@ -262,6 +262,65 @@ static void NAME(dot_q6k)(const uint8_t *panel, int64_t n_col, const void *const
 #undef CALL
 }
 
+/* ---- the screen of the head ---- */
+
+TILE NAME(screen_tile)(const uint8_t *panel, int64_t n64, const void *const *x, const float *const *norm, const int T,
+                       float *bound) {
+    const uint8_t *head = panel, *p = panel + cpu_screen_head(n64);
+    const __m512i low4 = _mm512_set1_epi8(15);
+    __m512 f[4], u[4];
+    UNROLL for (int t = 0; t < T; t++) f[t] = u[t] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < n64; b++, head += CPU_SCREEN_HEAD) {
+        __m512i a[4][2], a2[4][2];
+        UNROLL for (int t = 0; t < T; t++) {
+            NAME(begin_planes)(a[t], cpu_q_c64(x[t], n64)[b] / 8); /* the codes are 16 too large */
+            NAME(begin_planes)(a2[t], 0);
+        }
+        UNROLL for (int h = 0; h < 2; h++, p += 320) {
+            __m512i high = _mm512_loadu_si512(p + 256);
+            PREFETCH(p + 256, 6144, 2, T);
+            UNROLL for (int j = 0; j < 4; j++) {
+                __m512i v = _mm512_loadu_si512(p + j * 64);
+                PREFETCH(p + j * 64, 6144, 2, T);
+                __m512i lo = _mm512_or_si512(_mm512_and_si512(v, low4), fifth_bit(high, 2 * j));
+                __m512i hi =
+                    _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(v, 4), low4), fifth_bit(high, 2 * j + 1));
+                UNROLL for (int t = 0; t < T; t++) {
+                    NAME(dp_planes)(a[t], lo, x[t], n64, b * 64 + h * 32 + j * 8);
+                    NAME(dp_planes)(a2[t], hi, x[t], n64, b * 64 + h * 32 + j * 8 + 4);
+                }
+            }
+        }
+        __m512 ws = half16(head), slack = _mm512_mul_ps(bytes16(head + 32), _mm512_abs_ps(ws));
+        UNROLL for (int t = 0; t < T; t++) {
+            UNROLL for (int i = 0; i < PLANES; i++) a[t][i] = _mm512_add_epi32(a[t][i], a2[t][i]);
+            __m512 step = _mm512_mul_ps(ws, _mm512_set1_ps(cpu_q_scale(x[t], n64)[b]));
+            f[t] = _mm512_fmadd_ps(NAME(join_planes)(a[t]), step, f[t]);
+            u[t] = _mm512_fmadd_ps(slack, _mm512_set1_ps(norm[t][b]), u[t]);
+        }
+    }
+    const __m512 one = _mm512_set1_ps(1.0f / CPU_SLACK_ONE);
+    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(bound + t * 16, _mm512_fmadd_ps(u[t], one, f[t]));
+}
+
+static void NAME(screen)(const uint8_t *panel, int64_t n_col, const void *const *x, const float *const *norm, int n,
+                         float *bound) {
+    int64_t n64 = cpu_n64(n_col);
+    switch (n) {
+    case 1:
+        NAME(screen_tile)(panel, n64, x, norm, 1, bound);
+        return;
+    case 2:
+        NAME(screen_tile)(panel, n64, x, norm, 2, bound);
+        return;
+    case 3:
+        NAME(screen_tile)(panel, n64, x, norm, 3, bound);
+        return;
+    default:
+        NAME(screen_tile)(panel, n64, x, norm, 4, bound);
+    }
+}
+
 static void NAME(quantise)(const float *x, int64_t n, uint8_t *row) {
     int64_t n64 = cpu_n64(n);
     int32_t *c64 = (int32_t *)(row + n64 * 132), *c32 = (int32_t *)(row + n64 * 136),

@@ -31,6 +31,7 @@ typedef struct cpu_weight {
     float *bias[CPU_MAX_PARTS]; /* [n_mat * n_row of the part] or NULL */
     float *vector;              /* BE_USE_VECTOR: [n_col] */
     int64_t n_panel;            /* of one matrix, all parts */
+    uint8_t *screen;            /* the head's: [n_panel] of cpu_screen_bytes, or NULL */
 } cpu_weight;
 
 typedef struct cpu_act {
@@ -107,10 +108,11 @@ typedef struct cpu_shared {
     float *down;   /* [max_tok * top_k][n_ff]: after down */
     int32_t *list; /* experts: see moe.c */
     float *rope;   /* [max_tok][head_dim / 2][2] cos, sin */
+    float *peak;   /* screen: [CPU_FEW][panels] what no logit of a panel exceeds */
 } cpu_shared;
 
 typedef struct cpu_dims { /* the widest of everything loaded so far: sizes the scratch memory */
-    int64_t n_col, n_expert, n_ff /* or n_embd where wider */, top_k, head_dim, max_tok;
+    int64_t n_col, n_expert, n_ff /* or n_embd where wider */, top_k, head_dim, max_tok, n_screen /* panels */;
 } cpu_dims;
 
 typedef struct cpu_step {
@@ -124,6 +126,11 @@ typedef struct cpu_step {
     bool open;
 } cpu_step;
 
+/* Where the screen leaves too much to compute, more and more steps do without it. */
+typedef struct cpu_screening {
+    int pause, length; /* steps still to come, and in all */
+} cpu_screening;
+
 typedef struct cpu_device {
     be_device base;
     cpu_tier tier;
@@ -136,6 +143,7 @@ typedef struct cpu_device {
     uint64_t used;    /* bytes of cpu_take that were not given back */
     cpu_local *local; /* [n_thread] */
     cpu_shared shared;
+    cpu_screening screening;
     cpu_step step;
 } cpu_device;
 
@@ -163,15 +171,7 @@ void cpu_pack(cpu_fmt f, const q_traits *src, const uint8_t *rows, size_t row_by
               uint8_t *panel);
 
 /* ops.c */
-cpu_cmd *cpu_record(be_step *s, void (*run)(cpu_step *, cpu_cmd *, int));
-void cpu_embed(be_step *s, const be_weight *table, const be_weight *pos_table, be_act *y);
-void cpu_norm(be_step *s, const be_norm *n, const be_act *x, be_act *y);
-void cpu_linear(be_step *s, const be_weight *w, const be_act *x, be_act *y, be_epilogue e);
-void cpu_norm_linear(be_step *s, const be_norm *n, const be_weight *w, const be_act *x, be_act *tmp, be_act *y,
-                     be_epilogue e);
-void cpu_gather_out(be_step *s, const be_act *x, be_act *y);
-void cpu_tap(be_step *s, const char *name, int layer, const be_act *a, be_tap_fn fn, void *ctx);
-void cpu_widen(int64_t *have, int64_t want);
+
 /* Rows of x as the kernels of w read them: pointers to float rows and integer rows, after an optional norm. */
 typedef struct cpu_rows {
     const float *f;
@@ -179,9 +179,33 @@ typedef struct cpu_rows {
     const uint8_t *q;
     size_t q_stride;
 } cpu_rows;
+
+cpu_cmd *cpu_record(be_step *s, void (*run)(cpu_step *, cpu_cmd *, int));
+void cpu_embed(be_step *s, const be_weight *table, const be_weight *pos_table, be_act *y);
+void cpu_norm(be_step *s, const be_norm *n, const be_act *x, be_act *y);
+void cpu_linear(be_step *s, const be_weight *w, const be_act *x, be_act *y, be_epilogue e);
+void cpu_norm_linear(be_step *s, const be_norm *n, const be_weight *w, const be_act *x, be_act *tmp, be_act *y,
+                     be_epilogue e);
+/* Panel `index` of c->w, for n rows of x from `row`, to c->y. */
+void cpu_linear_panel(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x, int64_t row, int64_t n, int64_t index);
+void cpu_gather_out(be_step *s, const be_act *x, be_act *y);
+void cpu_tap(be_step *s, const char *name, int layer, const be_act *a, be_tap_fn fn, void *ctx);
+void cpu_widen(int64_t *have, int64_t want);
+static inline const void *cpu_row_of(const cpu_rows *x, bool ints, int64_t i) {
+    return ints ? (const void *)(x->q + (size_t)i * x->q_stride) : (const void *)(x->f + i * x->f_stride);
+}
 void cpu_prepare(cpu_step *s, int thread, const be_norm *n, const float *x, int64_t n_row, int64_t width, bool ints,
                  cpu_rows *out);
 bool cpu_wants_ints(const cpu_weight *w);
+
+/* screen.c: the largest logits without reading the whole head. */
+bool cpu_has_screen(const cpu_device *d, const be_load *l, cpu_fmt fmt);
+/* n rows of src's type to one panel of the screen; row: memory for n_col + 256 floats. */
+void cpu_screen_pack(const cpu_device *d, const cpu_part *part, const uint8_t *rows, size_t row_bytes, int n,
+                     int64_t n_col, float *row, uint8_t *panel);
+/* This product may go through the screen, and it will probably pay. */
+bool cpu_screen_now(cpu_step *s, const cpu_weight *w, int64_t n_row);
+void cpu_run_screen(cpu_step *s, cpu_cmd *c, int thread);
 
 /* attn.c */
 void cpu_rope(be_step *s, const be_attn *a, be_act *qkv);

@@ -129,8 +129,27 @@ typedef struct cpu_attn_tile {
     float *acc[CPU_ATTN_ROWS];                    /* [head_dim] running weighted sum of values */
 } cpu_attn_tile;
 
+/* A screen of 5 bits beside the panels of the head, in panels too: what bounds 16 products from above at 0.67 bytes a
+ * weight. Head: per 64 columns f16 scale[16], u8 slack[16], in all a multiple of 64 bytes. Then per 32 columns 256
+ * bytes of nibbles as in MX4, 64 of fifth bits, bit g of a byte belonging to group g. A weight is about scale * (code -
+ * 16); what a row's 64 miss has a norm of at most |scale| * slack / CPU_SLACK_ONE. */
+#define CPU_SCREEN_HEAD 48
+#define CPU_SLACK_ONE 32
+static inline size_t cpu_screen_head(int64_t n64) { return ((size_t)n64 * CPU_SCREEN_HEAD + 63) & ~(size_t)63; }
+static inline size_t cpu_screen_bytes(int64_t n_col) {
+    size_t n64 = (size_t)cpu_n64(n_col);
+    return cpu_screen_head(cpu_n64(n_col)) + n64 * 640;
+}
+
 typedef struct cpu_kernels {
     cpu_dot_fn dot[CPU_N_FMTS];
+    /* bound[t][r] >= the product of row r as the exact kernel computes it, NaN where nothing can be said. x: n <=
+     * CPU_FEW integer rows; norm: at least the norm of each of their blocks of 64, in which slack is meant. NULL: the
+     * exact products cost no more */
+    void (*screen)(const uint8_t *panel, int64_t n_col, const void *const *x, const float *const *norm, int n,
+                   float *bound);
+    /* One row of n64 * 64 floats into row r of a screen's panel; rounding: what is added to each slack */
+    void (*screen_row)(const float *w, int64_t n64, int r, int rounding, uint8_t *panel);
     void (*quantise)(const float *x, int64_t n, uint8_t *row); /* to an integer row */
     void (*rms_norm)(const float *x, const float *weight, float eps, int64_t n, float *y);
     void (*layer_norm)(const float *x, const float *weight, const float *bias /* or NULL */, float eps, int64_t n,

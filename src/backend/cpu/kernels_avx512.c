@@ -177,6 +177,77 @@ void cpu_mx4_unpack(const uint8_t *panel, int64_t n64, uint8_t *out) {
     }
 }
 
+/* ---- the screen of the head ---- */
+
+/* Bit g of each byte as bit 4. */
+static inline __attribute__((always_inline)) __m512i fifth_bit(__m512i bits, int g) {
+    __m512i at4 = g < 4 ? _mm512_slli_epi16(bits, 4 - g) : _mm512_srli_epi16(bits, g - 4);
+    return _mm512_and_si512(at4, _mm512_set1_epi8(16));
+}
+
+/* Codes of 64 values for one scale, the squares of what they miss summed. */
+static inline float screen_codes(const __m512 *v, float scale, __m512i *code) {
+    const __m512 least = _mm512_set1_ps(-16), most = _mm512_set1_ps(15), inv = _mm512_set1_ps(scale ? 1 / scale : 0);
+    __m512 sum = _mm512_setzero_ps();
+    UNROLL for (int i = 0; i < 4; i++) {
+        __m512 q = _mm512_roundscale_ps(_mm512_mul_ps(v[i], inv), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        q = _mm512_min_ps(_mm512_max_ps(q, least), most);
+        __m512 miss = _mm512_fnmadd_ps(q, _mm512_set1_ps(scale), v[i]);
+        sum = _mm512_fmadd_ps(miss, miss, sum);
+        code[i] = _mm512_add_epi32(_mm512_cvtps_epi32(q), _mm512_set1_epi32(16));
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+/* 64 codes of row r into their places among those of 16 rows. */
+static void put_codes(const __m512i *code, int r, uint8_t *p) {
+    uint32_t u[16];
+    for (int i = 0; i < 4; i++)
+        _mm_storeu_si128((__m128i *)(u + 4 * i), _mm512_cvtepi32_epi8(code[i]));
+    for (int h = 0; h < 2; h++, p += 320) {
+        uint32_t fifth = 0;
+        for (int j = 0; j < 4; j++) {
+            uint32_t lo = u[h * 8 + 2 * j], hi = u[h * 8 + 2 * j + 1];
+            uint32_t nibbles = (lo & 0x0f0f0f0f) | (hi & 0x0f0f0f0f) << 4;
+            memcpy(p + j * 64 + r * 4, &nibbles, 4);
+            fifth |= (lo >> 4 & 0x01010101) << (2 * j) | (hi >> 4 & 0x01010101) << (2 * j + 1);
+        }
+        memcpy(p + 256 + r * 4, &fifth, 4);
+    }
+}
+
+/* Five scales are tried for each block, from the one that keeps its largest value as -16. Where no finite slack
+ * suffices the scale is infinite, and so, or NaN, is every bound. */
+static void screen_row(const float *w, int64_t n64, int r, int rounding, uint8_t *panel) {
+    uint8_t *head = panel, *p = panel + cpu_screen_head(n64);
+    for (int64_t b = 0; b < n64; b++, w += 64, head += CPU_SCREEN_HEAD, p += 640) {
+        __m512 v[4];
+        UNROLL for (int i = 0; i < 4; i++) v[i] = _mm512_loadu_ps(w + i * 16);
+        __m512 high = _mm512_max_ps(_mm512_max_ps(v[0], v[1]), _mm512_max_ps(v[2], v[3]));
+        __m512 low = _mm512_min_ps(_mm512_min_ps(v[0], v[1]), _mm512_min_ps(v[2], v[3]));
+        float most = _mm512_reduce_max_ps(high), least = _mm512_reduce_min_ps(low), top = most > -least ? most : least;
+        float best = INFINITY, slack = INFINITY;
+        uint16_t scale = 0x7c00;
+        __m512i code[4], best_code[4];
+        UNROLL for (int i = 0; i < 4; i++) best_code[i] = _mm512_set1_epi32(16);
+        for (int t = 0; t < 5; t++) {
+            uint16_t half = f16_from_f32(top * (t * 0.05f - 1) / 16);
+            float s = f32_from_f16(half), miss = screen_codes(v, s, code);
+            if (!(miss < best) || (s == 0 && top != 0)) /* so small that squares vanish */
+                continue;
+            best = miss;
+            scale = half;
+            slack = miss > 0 ? ceilf(sqrtf(miss) * 1.001f / fabsf(s) * CPU_SLACK_ONE) : 0;
+            memcpy(best_code, code, sizeof code);
+        }
+        slack += (float)rounding;
+        scale = slack <= 255 ? scale : 0x7c00;
+        memcpy(head + r * 2, &scale, 2);
+        head[32 + r] = slack <= 255 ? (uint8_t)slack : 255;
+        put_codes(best_code, r, p);
+    }
+}
+
 #define PLANES 2
 #define MOST 5 /* rows of a tile */
 #define NAME(x) x##_16
@@ -207,9 +278,9 @@ void cpu_mx4_unpack(const uint8_t *panel, int64_t n64, uint8_t *out) {
                 [CPU_Q4K] = dot_q4k_##bits,                                                                            \
                 [CPU_Q5K] = dot_q5k_##bits,                                                                            \
                 [CPU_Q6K] = dot_q6k_##bits},                                                                           \
-        .quantise = quantise_##bits, .rms_norm = gen_rms_norm, .layer_norm = gen_layer_norm, .glu = gen_glu,           \
-        .gelu_tanh = gen_gelu_tanh, .put = gen_put, .combine = gen_combine, .rotate = gen_rotate,                      \
-        .attn_f16 = attn_f16_##bits, .attn_f32 = attn_f32_##bits,                                                      \
+        .screen = screen_##bits, .screen_row = screen_row, .quantise = quantise_##bits, .rms_norm = gen_rms_norm,      \
+        .layer_norm = gen_layer_norm, .glu = gen_glu, .gelu_tanh = gen_gelu_tanh, .put = gen_put,                      \
+        .combine = gen_combine, .rotate = gen_rotate, .attn_f16 = attn_f16_##bits, .attn_f32 = attn_f32_##bits,        \
     }
 
 const cpu_kernels cpu_kernels_avx512 = TABLE(16, dot_i8_16, dot_mx4_16);

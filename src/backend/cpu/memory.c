@@ -95,6 +95,7 @@ static void lay_out(cpu_device *d, arena *a) {
     s->down = take(a, m->max_tok * m->top_k * m->n_ff, sizeof(float));
     s->list = take(a, lists, sizeof(int32_t));
     s->rope = take(a, m->max_tok * m->head_dim, sizeof(float));
+    s->peak = take(a, CPU_FEW * m->n_screen, sizeof(float));
 }
 
 orcd_status cpu_scratch(cpu_device *d, orcd_error *err) {

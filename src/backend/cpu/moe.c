@@ -35,8 +35,7 @@ static void route_panel(cpu_step *s, const cpu_cmd *c, cpu_local *l, const cpu_r
     bool ints = cpu_fmt_is_int(part->fmt);
     const void *ptr[CPU_TOKENS];
     for (int64_t t = 0; t < n; t++)
-        ptr[t] = ints ? (const void *)(x->q + (size_t)(row + t) * x->q_stride)
-                      : (const void *)(x->f + (row + t) * x->f_stride);
+        ptr[t] = cpu_row_of(x, ints, row + t);
     const uint8_t *panel = cpu_panel(part, c->w->base.n_col, 0, index, l);
     s->dev->k->dot[part->fmt](panel, c->w->base.n_col, ptr, (int)n, l->y, l->dot);
     int64_t stride = c->w->n_panel * CPU_PANEL;
@@ -123,10 +122,6 @@ static void dot_panel(cpu_step *s, int thread, const cpu_weight *w, int part, in
     s->dev->k->put(y, bias, n, false, y, CPU_PANEL);
 }
 
-static const void *row_of(const cpu_rows *x, bool ints, int64_t i) {
-    return ints ? (const void *)(x->q + (size_t)i * x->q_stride) : (const void *)(x->f + i * x->f_stride);
-}
-
 /* Some of an expert's entries and panels. Rows change last: they stay in the cache while the panels go by. */
 typedef struct share {
     int expert, at, n;      /* entries at, at + 1, .. of the groups */
@@ -147,7 +142,7 @@ static void gate_up_rows(cpu_step *s, const cpu_cmd *c, int thread, const cpu_ro
     const void *ptr[2][CPU_TOKENS];
     for (int i = 0; i < a->n; i++)
         for (int p = 0; p < 2; p++)
-            ptr[p][i] = row_of(x, cpu_fmt_is_int(w->part[p].fmt), g->entry[a->at + i] / c->top_k);
+            ptr[p][i] = cpu_row_of(x, cpu_fmt_is_int(w->part[p].fmt), g->entry[a->at + i] / c->top_k);
     for (int64_t p = a->panel; p < a->n_panel; p++) {
         dot_panel(s, thread, w, 0, a->expert, p, ptr[0], a->n, gate);
         dot_panel(s, thread, w, 1, a->expert, p, ptr[1], a->n, up);
@@ -165,7 +160,7 @@ static void down_rows(cpu_step *s, const cpu_cmd *c, int thread, const cpu_rows 
     float *y = s->dev->local[thread].y;
     const void *ptr[CPU_TOKENS];
     for (int i = 0; i < a->n; i++)
-        ptr[i] = row_of(x, ints, g->entry[a->at + i]);
+        ptr[i] = cpu_row_of(x, ints, g->entry[a->at + i]);
     for (int64_t p = a->panel; p < a->n_panel; p++, out += CPU_PANEL) {
         dot_panel(s, thread, c->w2, 0, a->expert, p, ptr, a->n, y);
         for (int i = 0; i < a->n; i++)

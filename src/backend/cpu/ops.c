@@ -102,8 +102,7 @@ static void locate(const cpu_weight *w, int64_t *index, int *part, int64_t *row0
     }
 }
 
-static void linear_panel(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x, int64_t row, int64_t n,
-                         int64_t index) {
+void cpu_linear_panel(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x, int64_t row, int64_t n, int64_t index) {
     cpu_device *d = s->dev;
     cpu_local *l = &d->local[thread];
     int i;
@@ -113,8 +112,7 @@ static void linear_panel(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x,
     bool ints = cpu_fmt_is_int(part->fmt);
     const void *ptr[CPU_TOKENS];
     for (int64_t t = 0; t < n; t++)
-        ptr[t] = ints ? (const void *)(x->q + (size_t)(row + t) * x->q_stride)
-                      : (const void *)(x->f + (row + t) * x->f_stride);
+        ptr[t] = cpu_row_of(x, ints, row + t);
     const uint8_t *panel = cpu_panel(part, c->w->base.n_col, 0, index, l);
     d->k->dot[part->fmt](panel, c->w->base.n_col, ptr, (int)n, l->y, l->dot);
     int64_t left = part->n_row - index * CPU_PANEL;
@@ -139,7 +137,7 @@ static void run_linear(cpu_step *s, cpu_cmd *c, int thread) {
         int64_t row = i / n_run * block, panel = i % n_run * LINEAR_RUN;
         int64_t rows = n - row < block ? n - row : block;
         for (int64_t p = panel; p < panel + LINEAR_RUN && p < c->w->n_panel; p++)
-            linear_panel(s, c, thread, &x, row, rows, p);
+            cpu_linear_panel(s, c, thread, &x, row, rows, p);
     }
 }
 
@@ -147,7 +145,8 @@ void cpu_norm_linear(be_step *s, const be_norm *n, const be_weight *w, const be_
                      be_epilogue e) {
     (void)tmp;
     cpu_device *d = ((cpu_step *)s)->dev;
-    cpu_cmd *c = cpu_record(s, run_linear);
+    bool screen = e == BE_EPI_NONE && cpu_screen_now((cpu_step *)s, (const cpu_weight *)w, x->n_row);
+    cpu_cmd *c = cpu_record(s, screen ? cpu_run_screen : run_linear);
     c->w = (const cpu_weight *)w;
     c->x = (const cpu_act *)x;
     c->y = (cpu_act *)y;

@@ -44,8 +44,24 @@ static bool part_bytes(const be_params *params, const be_load *l, const mf_tenso
 
 static uint64_t bias_count(const mf_tensor *t) { return t->n_row * t->n_mat; }
 
-static bool load_bytes(const be_params *params, const be_load *l, uint64_t *total) {
+static cpu_fmt fmt_of(const be_params *p, const be_load *l, int i) {
+    return cpu_fmt_of(type_of(p, l, &l->part[i])->type);
+}
+
+static bool has_screen(const cpu_device *d, const be_load *l) {
+    const be_params *p = &d->base.params;
+    return keep_of(p, l, &l->part[0]) == KEEP_PANELS && cpu_has_screen(d, l, fmt_of(p, l, 0));
+}
+
+static size_t screen_bytes(int64_t n_row, int64_t n_col) {
+    return (size_t)((n_row + CPU_PANEL - 1) / CPU_PANEL) * cpu_screen_bytes(n_col);
+}
+
+static bool load_bytes(const cpu_device *d, const be_load *l, uint64_t *total) {
+    const be_params *params = &d->base.params;
     *total = 0;
+    if (has_screen(d, l))
+        *total = screen_bytes((int64_t)l->part[0].n_row, (int64_t)l->part[0].n_col);
     for (int i = 0; i < l->n_part; i++) {
         uint64_t b;
         if (!part_bytes(params, l, &l->part[i], &b) || !ck_add(*total, b, total))
@@ -58,13 +74,15 @@ static bool load_bytes(const be_params *params, const be_load *l, uint64_t *tota
 
 uint64_t cpu_load_bytes(be_device *d, const be_load *l) {
     uint64_t n;
-    return load_bytes(&d->params, l, &n) ? n : UINT64_MAX;
+    return load_bytes((const cpu_device *)d, l, &n) ? n : UINT64_MAX;
 }
 
 /* ---- packing and copying, by all threads ---- */
 
 typedef struct packing {
+    const cpu_device *dev;
     cpu_part *part;
+    uint8_t *screen; /* or NULL */
     const mf_tensor *src;
     bool requantise;
     size_t row_bytes; /* of what is packed */
@@ -73,7 +91,7 @@ typedef struct packing {
 
 enum { PACK_RUN = 8 }; /* panels taken at a time */
 
-/* Memory of one thread: a panel's rows as stored, one as floats, and as they are packed. Each may be absent. */
+/* Memory of one thread: a panel's rows as stored, one row as floats, and as they are packed. Each may be absent. */
 typedef struct pack_memory {
     uint8_t *stored, *small;
     float *value;
@@ -101,6 +119,9 @@ static void pack_rows(const packing *p, uint64_t mat, uint64_t row, int n, const
     if (p->requantise)
         from = requantised(p, from, n, m);
     cpu_pack(p->part->fmt, p->part->src, from, p->row_bytes, n, (int64_t)t->n_col, panel);
+    if (p->screen)
+        cpu_screen_pack(p->dev, p->part, from, p->row_bytes, n, (int64_t)t->n_col, m->value,
+                        p->screen + row / CPU_PANEL * cpu_screen_bytes((int64_t)t->n_col));
 }
 
 /* Up to PACK_RUN panels of a matrix, or a copy of as many rows. */
@@ -125,15 +146,15 @@ static void pack_thread(void *arg, int thread, int n_threads) {
     (void)thread;
     (void)n_threads;
     packing *p = arg;
-    bool stored = !p->src->data && !p->part->rows;
+    bool stored = !p->src->data && !p->part->rows, value = p->requantise || p->screen;
     pack_memory m = {0};
     if (stored)
         m.stored = malloc(mf_row_bytes(p->src) * CPU_PANEL);
-    if (p->requantise) {
+    if (p->requantise)
         m.small = malloc(p->row_bytes * CPU_PANEL);
+    if (value)
         m.value = malloc((p->src->n_col + 256) * sizeof *m.value);
-    }
-    if ((m.stored || !stored) && ((m.small && m.value) || !p->requantise))
+    if ((m.stored || !stored) && (m.small || !p->requantise) && (m.value || !value))
         for (int64_t i, runs = runs_of(p); (i = atomic_fetch_add(&p->next, 1)) < runs * (int64_t)p->src->n_mat;)
             pack_run(p, i / runs, i % runs, &m);
     free(m.stored);
@@ -141,7 +162,8 @@ static void pack_thread(void *arg, int thread, int n_threads) {
     free(m.value);
 }
 
-static orcd_status load_part(cpu_device *d, const be_load *l, const mf_tensor *t, cpu_part *part, orcd_error *err) {
+static orcd_status load_part(cpu_device *d, const be_load *l, const mf_tensor *t, cpu_part *part, uint8_t *screen,
+                             orcd_error *err) {
     const q_traits *type = type_of(&d->base.params, l, t);
     size_t n_row = t->n_row * t->n_mat, bytes;
     *part = (cpu_part){.fmt = cpu_fmt_of(type->type),
@@ -150,7 +172,9 @@ static orcd_status load_part(cpu_device *d, const be_load *l, const mf_tensor *t
                        .n_panel = ((int64_t)t->n_row + CPU_PANEL - 1) / CPU_PANEL,
                        .panel_bytes = cpu_panel_bytes(cpu_fmt_of(type->type), (int64_t)t->n_col),
                        .file = *t};
-    packing p = {.part = part,
+    packing p = {.dev = d,
+                 .part = part,
+                 .screen = screen,
                  .src = t,
                  .requantise = type->type != t->type,
                  .row_bytes = (t->n_col + type->block_len - 1) / type->block_len * type->block_bytes};
@@ -190,6 +214,8 @@ static orcd_status load_floats(cpu_device *d, const mf_tensor *t, float **out, o
 
 static void note_dims(cpu_device *d, const cpu_weight *w) {
     cpu_widen(&d->dims.n_col, w->base.n_col);
+    if (w->screen)
+        cpu_widen(&d->dims.n_screen, w->n_panel);
     if (w->base.use == BE_USE_GATE_UP) {
         cpu_widen(&d->dims.n_expert, w->base.n_mat);
         cpu_widen(&d->dims.n_ff, (w->part[0].n_row + 15) / 16 * 16);
@@ -203,7 +229,7 @@ orcd_status cpu_load(be_device *dev, const be_load *l, be_weight **out, orcd_err
     orcd_status st = ORCD_OK;
     *out = NULL;
     uint64_t bytes;
-    if (l->n_part < 1 || l->n_part > CPU_MAX_PARTS || !load_bytes(&d->base.params, l, &bytes))
+    if (l->n_part < 1 || l->n_part > CPU_MAX_PARTS || !load_bytes(d, l, &bytes))
         return orcd_fail(err, ORCD_ERR_ARG, "weight %s has %d parts or a size past all memory", l->part[0].name,
                          l->n_part);
     cpu_weight *w = calloc(1, sizeof *w);
@@ -215,6 +241,10 @@ orcd_status cpu_load(be_device *dev, const be_load *l, be_weight **out, orcd_err
                           .n_mat = (int64_t)l->part[0].n_mat,
                           .bytes = bytes};
     w->n_part = l->n_part;
+    if (has_screen(d, l) && !(w->screen = cpu_take(d, screen_bytes((int64_t)l->part[0].n_row, w->base.n_col)))) {
+        st = orcd_fail(err, ORCD_ERR_NOMEM, "out of memory for the screen of weight %s", l->part[0].name);
+        goto done;
+    }
     for (int i = 0; i < l->n_part; i++) {
         const mf_tensor *t = &l->part[i];
         w->base.n_row += (int64_t)t->n_row;
@@ -222,7 +252,7 @@ orcd_status cpu_load(be_device *dev, const be_load *l, be_weight **out, orcd_err
             ORCD_TRY_GOTO(st, done, load_floats(d, t, &w->vector, err));
             continue;
         }
-        ORCD_TRY_GOTO(st, done, load_part(d, l, t, &w->part[i], err));
+        ORCD_TRY_GOTO(st, done, load_part(d, l, t, &w->part[i], w->screen, err));
         w->n_panel += w->part[i].n_panel;
         if (l->has_bias[i])
             ORCD_TRY_GOTO(st, done, load_floats(d, &l->bias[i], &w->bias[i], err));
@@ -240,6 +270,7 @@ void cpu_unload(be_device *dev, be_weight *weight) {
     cpu_weight *w = (cpu_weight *)weight;
     if (!w)
         return;
+    cpu_give(d, w->screen, screen_bytes(w->part[0].n_row, w->base.n_col));
     for (int i = 0; i < w->n_part; i++) {
         cpu_part *p = &w->part[i];
         cpu_give(d, p->data, (size_t)p->n_panel * (size_t)w->base.n_mat * p->panel_bytes);
