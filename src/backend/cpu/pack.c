@@ -5,8 +5,7 @@
 #include <string.h>
 
 #include "backend/cpu/internal.h"
-
-#define UNROLL _Pragma("GCC unroll 16")
+#include "backend/cpu/pack.h"
 
 cpu_fmt cpu_fmt_of(q_type t) {
     switch (t) {
@@ -36,25 +35,6 @@ cpu_fmt cpu_fmt_of(q_type t) {
 }
 
 static uint16_t load16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
-
-/* The same block of 16 rows. A row that is not there has blocks of zeros, which every type takes for zeros. */
-typedef struct blocks {
-    const uint8_t *at[CPU_PANEL];
-    size_t step[CPU_PANEL];
-} blocks;
-
-static const uint8_t nothing[256];
-
-static blocks first_blocks(const uint8_t *rows, size_t row_bytes, int n_row, size_t block_bytes) {
-    blocks b;
-    for (int r = 0; r < CPU_PANEL; r++) {
-        b.at[r] = r < n_row ? rows + (size_t)r * row_bytes : nothing;
-        b.step[r] = r < n_row ? block_bytes : 0;
-    }
-    return b;
-}
-
-static void next_block(blocks *b) { UNROLL for (int r = 0; r < CPU_PANEL; r++) b->at[r] += b->step[r]; }
 
 /* w[i][q] = word i of rows 4q .. 4q + 3 */
 typedef struct words {
@@ -190,8 +170,11 @@ static inline void put_small(uint8_t *p, const blocks *b, bool fifth) {
 
 /* Bytes of weight + 128 of the types that fit CPU_I8 without loss. */
 static void pack_i8(q_type type, blocks b, int64_t n_col, uint8_t *panel) {
+    const uint8_t *next = next_panel(&b);
+    size_t bytes = b.step[0] * CPU_PANEL;
     for (int64_t i = 0; i < cpu_n64(n_col) * 2; i++, next_block(&b)) {
         uint8_t *head = panel + i / 2 * 1088 + i % 2 * 32, *p = panel + i / 2 * 1088 + 64 + i % 2 * 512;
+        FETCH(next + (size_t)i * bytes, bytes);
         if (i * 32 >= n_col)
             b = first_blocks(NULL, 0, 0, 0);
         for (int r = 0; r < CPU_PANEL; r++)
@@ -203,60 +186,19 @@ static void pack_i8(q_type type, blocks b, int64_t n_col, uint8_t *panel) {
     }
 }
 
-static inline __m128i either(__m128i mask, __m128i yes, __m128i no) {
-    return _mm_or_si128(_mm_and_si128(mask, yes), _mm_andnot_si128(mask, no));
+#define PACK_MX4 static void pack_mx4
+#define VEC_BYTES 16
+#include "backend/cpu/pack_mx4.h"
+
+static inline void mx4_words(const blocks *b, vec (*w)[PARTS]) {
+    words all;
+    load_words(b, 1, &all);
+    UNROLL for (int i = 0; i < 16; i++) w[i / 4][i % 4] = (vec)all.w[i / 4][i % 4];
 }
 
-/* Two blocks of MXFP4 in rows 4q .. 4q + 3: their common exponents and shifts. *none[h]: rows that have nothing left in
- * block h. */
-static inline __m128i mx4_heads(const words *w, const uint8_t (*e)[CPU_PANEL], int q, __m128i *none) {
-    const __m128i zero = _mm_setzero_si128(), digits = _mm_set1_epi8(0x77), two = _mm_set1_epi32(2);
-    __m128i ex[2], far = _mm_set1_epi32(15);
-    UNROLL for (int h = 0; h < 2; h++) {
-        int32_t four;
-        memcpy(&four, e[h] + q * 4, 4);
-        ex[h] = _mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(four), zero), zero);
-        __m128i any = _mm_or_si128(_mm_or_si128(w[h].w[0][q], w[h].w[1][q]), _mm_or_si128(w[h].w[2][q], w[h].w[3][q]));
-        /* nothing there, or below the smallest normal float */
-        none[h] = _mm_or_si128(_mm_cmpeq_epi32(_mm_and_si128(any, digits), zero), _mm_cmplt_epi32(ex[h], two));
-    }
-    /* more than 15 apart: the smaller is below the rounding of the larger */
-    __m128i apart = _mm_sub_epi32(ex[1], ex[0]);
-    none[0] = _mm_or_si128(none[0], _mm_andnot_si128(none[1], _mm_cmpgt_epi32(apart, far)));
-    apart = _mm_sub_epi32(zero, apart);
-    none[1] = _mm_or_si128(none[1], _mm_andnot_si128(none[0], _mm_cmpgt_epi32(apart, far)));
-    ex[0] = either(none[0], either(none[1], two, ex[1]), ex[0]);
-    ex[1] = either(none[1], ex[0], ex[1]);
-    __m128i base = _mm_min_epi16(ex[0], ex[1]);
-    __m128i shifts = _mm_or_si128(_mm_slli_epi32(_mm_sub_epi32(ex[1], base), 4), _mm_sub_epi32(ex[0], base));
-    return _mm_or_si128(_mm_slli_epi32(base, 8), shifts);
-}
-
-static void pack_mx4(blocks b, int64_t n_col, uint8_t *panel) {
-    int64_t n64 = cpu_n64(n_col);
-    uint8_t *head = panel, *p = panel + cpu_mx4_head(n64), e[2][CPU_PANEL];
-    __m128i wide = _mm_setzero_si128();
-    for (int64_t i = 0; i < n64; i++, head += 32, p += 512) {
-        words w[2];
-        for (int h = 0; h < 2; h++, next_block(&b)) {
-            if (i * 64 + h * 32 >= n_col)
-                b = first_blocks(NULL, 0, 0, 0);
-            for (int r = 0; r < CPU_PANEL; r++)
-                e[h][r] = b.at[r][0];
-            load_words(&b, 1, &w[h]);
-        }
-        UNROLL for (int q = 0; q < 4; q++) {
-            __m128i none[2], v = mx4_heads(w, e, q, none);
-            wide = _mm_or_si128(wide, _mm_and_si128(v, _mm_set1_epi32(0xcc))); /* a shift above 3 */
-            v = _mm_srai_epi32(_mm_slli_epi32(v, 16), 16);                     /* so that packing keeps the bits */
-            _mm_storel_epi64((__m128i *)(void *)(head + q * 8), _mm_packs_epi32(v, v));
-            UNROLL for (int k = 0; k < 8; k++) w[k / 4].w[k % 4][q] =
-                _mm_andnot_si128(none[k / 4], w[k / 4].w[k % 4][q]);
-        }
-        UNROLL for (int j = 0; j < 8; j++) put_pair(p + j * 64, &w[j / 4], j % 2 * 2, j % 4 >= 2);
-    }
-    memset(head, 0, (size_t)(panel + cpu_mx4_head(n64) - head));
-    *head = _mm_movemask_epi8(_mm_cmpeq_epi32(wide, _mm_setzero_si128())) != 0xffff;
+static inline void mx4_narrow(vec v, uint8_t *out) {
+    __m128i low = (__m128i)(v << 16 >> 16); /* so that packing keeps the bits */
+    _mm_storel_epi64((__m128i *)(void *)out, _mm_packs_epi32(low, low));
 }
 
 /* 16 columns of a block of 32, from the low or the high nibbles of their bytes. */
@@ -363,7 +305,7 @@ void cpu_pack(cpu_fmt f, const q_traits *src, const uint8_t *rows, size_t row_by
         pack_i8(src->type, b, n_col, panel);
         break;
     case CPU_MX4:
-        pack_mx4(b, n_col, panel);
+        (cpu_tier_best() < CPU_AVX512 ? pack_mx4 : cpu_pack_mx4_avx512)(b, n_col, panel);
         break;
     case CPU_Q41:
     case CPU_Q51:
