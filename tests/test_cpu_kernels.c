@@ -26,7 +26,7 @@ typedef struct fixture {
     uint8_t rows[ROWS * N_COL * 4], panel[ROWS * N_COL * 4 + 4096] __attribute__((aligned(64)));
     float x[TOKENS * N_COL], weight[N_COL], y[TOKENS * 16], row[N_COL];
     uint8_t q[TOKENS][N_COL * 4] __attribute__((aligned(64)));
-    uint8_t scratch[N_COL * 32] __attribute__((aligned(64)));
+    uint8_t scratch[N_COL * 40] __attribute__((aligned(64)));
 } fixture;
 
 static fixture f;
@@ -140,6 +140,37 @@ static void check_exponents(const cpu_kernels *k, double bound) {
 static void test_mxfp4_exponents_far_apart(void **state) {
     (void)state;
     on_every_tier(check_exponents);
+}
+
+/* Two panels at once have the bits of each alone, whatever the number of rows; exponents far apart too. */
+static void check_pairs(const cpu_kernels *k, double bound) {
+    (void)bound;
+    const q_traits *t = q_find(Q_MXFP4);
+    size_t row_bytes = q_row_bytes(t, N_COL), panel = cpu_panel_bytes(CPU_MX4, N_COL);
+    static float two[2 * TOKENS * 16], one[TOKENS * 16];
+    const void *ptr[TOKENS];
+    for (int i = 0; i < TOKENS; i++) {
+        k->quantise(f.x + i * N_COL, N_COL, f.q[i]);
+        ptr[i] = f.q[i];
+    }
+    for (int far = 0; k->pair_mx4 && far < 2; far++) {
+        fill_rows(t, N_COL);
+        cpu_pack(CPU_MX4, t, f.rows, row_bytes, ROWS, N_COL, f.panel);
+        f.rows[row_bytes] = far ? 90 : f.rows[row_bytes];
+        cpu_pack(CPU_MX4, t, f.rows + row_bytes, row_bytes, ROWS - 1, N_COL, f.panel + panel);
+        for (int n = 1; n <= TOKENS; n++) {
+            k->pair_mx4(f.panel, N_COL, ptr, n, two, f.scratch);
+            for (int i = 0; i < 2; i++) {
+                k->dot[CPU_MX4](f.panel + i * panel, N_COL, ptr, n, one, f.scratch);
+                assert_memory_equal(two + i * n * 16, one, (size_t)n * 16 * sizeof *one);
+            }
+        }
+    }
+}
+
+static void test_mxfp4_two_panels_at_once(void **state) {
+    (void)state;
+    on_every_tier(check_pairs);
 }
 
 static void check_zero(const cpu_kernels *k, double bound) {
@@ -269,6 +300,7 @@ int main(void) {
         cmocka_unit_test(test_every_type_on_every_tier),
         cmocka_unit_test(test_columns_and_rows_that_do_not_fill_a_block),
         cmocka_unit_test(test_mxfp4_exponents_far_apart),
+        cmocka_unit_test(test_mxfp4_two_panels_at_once),
         cmocka_unit_test(test_activations_of_zero),
         cmocka_unit_test(test_attention_on_every_tier),
         cmocka_unit_test(test_amx_has_the_bits_of_avx512),

@@ -173,6 +173,53 @@ static void NAME(dot_mx4)(const uint8_t *panel, int64_t n_col, const void *const
 #undef CALL
 }
 
+#if PLANES == 1 /* with 16 bits the sums of two panels are too many for the registers */
+/* Two panels' bytes, the second's `apart` behind: each column of a row is fetched for both. */
+TILE NAME(u8_pair)(const uint8_t *w64, size_t apart, int64_t n64, const void *const *x, const int T, float *y,
+                   float *y2) {
+    __m512 f[2][MOST];
+    UNROLL for (int t = 0; t < T; t++) f[0][t] = f[1][t] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < n64; b++, w64 += 1088) {
+        __m512i a[2][MOST];
+        UNROLL for (int t = 0; t < T; t++) a[0][t] = a[1][t] = _mm512_set1_epi32(cpu_q_c64(x[t], n64)[b]);
+        UNROLL for (int g = 0; g < 16; g++) {
+            __m512i w0 = _mm512_load_si512(w64 + 64 + g * 64), w1 = _mm512_load_si512(w64 + apart + 64 + g * 64);
+            UNROLL for (int t = 0; t < T; t++) {
+                __m512i q = bytes4((const uint8_t *)x[t] + b * 64 + g * 4);
+                a[0][t] = _mm512_dpbusd_epi32(a[0][t], w0, q);
+                a[1][t] = _mm512_dpbusd_epi32(a[1][t], w1, q);
+            }
+        }
+        UNROLL for (int i = 0; i < 2; i++) {
+            __m512 power = _mm512_load_ps(w64 + (i ? apart : 0));
+            UNROLL for (int t = 0; t < T; t++) f[i][t] =
+                NAME(add_block)(&a[i][t], cpu_q_scale(x[t], n64)[b], power, f[i][t]);
+        }
+    }
+    UNROLL for (int t = 0; t < T; t++) {
+        _mm512_storeu_ps(y + t * 16, f[0][t]);
+        _mm512_storeu_ps(y2 + t * 16, f[1][t]);
+    }
+}
+
+static void NAME(pair_mx4)(const uint8_t *panel, int64_t n_col, const void *const *x, int n, float *y,
+                           uint8_t *scratch) {
+    int64_t n64 = cpu_n64(n_col);
+    size_t bytes = cpu_panel_bytes(CPU_MX4, n_col), apart = cpu_dot_scratch(n_col);
+    float *y2 = y + n * 16;
+    if (n <= MOST + 2 || panel[n64 * 32] || panel[bytes + n64 * 32]) {
+        NAME(dot_mx4)(panel, n_col, x, n, y, scratch);
+        NAME(dot_mx4)(panel + bytes, n_col, x, n, y2, scratch);
+        return;
+    }
+    NAME(mx4_tile)(panel, panel + 2 * bytes, n64, x, MOST, y, scratch);
+    NAME(mx4_tile)(panel + bytes, panel + 3 * bytes, n64, x, MOST, y2, scratch + apart);
+#define CALL(T) NAME(u8_pair)(scratch, apart, n64, x + MOST + at_, T, y + (MOST + at_) * 16, y2 + (MOST + at_) * 16)
+    FOR_TILES(n - MOST, PAIR_MOST, CALL)
+#undef CALL
+}
+#endif
+
 /* ---- K-quants ---- */
 
 /* A scale and a minimum per 32 columns, codes of 4 or 5 bits. */

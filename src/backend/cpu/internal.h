@@ -90,7 +90,7 @@ static inline int64_t cpu_turn(cpu_turns *t) {
 
 /* Memory of one thread. */
 typedef struct cpu_local {
-    uint8_t *dot;   /* cpu_dot_scratch */
+    uint8_t *dot;   /* [2] cpu_dot_scratch */
     uint8_t *panel; /* a panel packed when used */
     float *row;     /* a row of floats */
     uint8_t *q;     /* CPU_MAX_EXPERTS_FEW integer rows of the widest */

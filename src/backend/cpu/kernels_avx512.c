@@ -258,6 +258,7 @@ static void screen_row(const float *w, int64_t n64, int r, int rounding, uint8_t
 
 #define PLANES 1
 #define MOST 6
+#define PAIR_MOST 5
 #define NAME(x) x##_8
 #include "backend/cpu/integer_avx512.h"
 #undef PLANES
@@ -266,7 +267,7 @@ static void screen_row(const float *w, int64_t n64, int r, int rounding, uint8_t
 
 #include "backend/cpu/attention_avx512.h"
 
-#define TABLE(bits, i8, mx4)                                                                                           \
+#define TABLE(bits, i8, mx4, pair)                                                                                     \
     {                                                                                                                  \
         .dot = {[CPU_F32] = dot_f32,                                                                                   \
                 [CPU_F16] = dot_f16,                                                                                   \
@@ -278,12 +279,13 @@ static void screen_row(const float *w, int64_t n64, int r, int rounding, uint8_t
                 [CPU_Q4K] = dot_q4k_##bits,                                                                            \
                 [CPU_Q5K] = dot_q5k_##bits,                                                                            \
                 [CPU_Q6K] = dot_q6k_##bits},                                                                           \
-        .screen = screen_##bits, .screen_row = screen_row, .quantise = quantise_##bits, .rms_norm = gen_rms_norm,      \
-        .layer_norm = gen_layer_norm, .glu = gen_glu, .gelu_tanh = gen_gelu_tanh, .put = gen_put,                      \
-        .combine = gen_combine, .rotate = gen_rotate, .attn_f16 = attn_f16_##bits, .attn_f32 = attn_f32_##bits,        \
+        .pair_mx4 = pair, .screen = screen_##bits, .screen_row = screen_row, .quantise = quantise_##bits,              \
+        .rms_norm = gen_rms_norm, .layer_norm = gen_layer_norm, .glu = gen_glu, .gelu_tanh = gen_gelu_tanh,            \
+        .put = gen_put, .combine = gen_combine, .rotate = gen_rotate, .attn_f16 = attn_f16_##bits,                     \
+        .attn_f32 = attn_f32_##bits,                                                                                   \
     }
 
-const cpu_kernels cpu_kernels_avx512 = TABLE(16, dot_i8_16, dot_mx4_16);
-const cpu_kernels cpu_kernels_avx512_8 = TABLE(8, dot_i8_8, dot_mx4_8);
-const cpu_kernels cpu_kernels_amx = TABLE(16, cpu_amx_i8_16, cpu_amx_mx4_16);
-const cpu_kernels cpu_kernels_amx_8 = TABLE(8, cpu_amx_i8_8, cpu_amx_mx4_8);
+const cpu_kernels cpu_kernels_avx512 = TABLE(16, dot_i8_16, dot_mx4_16, NULL);
+const cpu_kernels cpu_kernels_avx512_8 = TABLE(8, dot_i8_8, dot_mx4_8, pair_mx4_8);
+const cpu_kernels cpu_kernels_amx = TABLE(16, cpu_amx_i8_16, cpu_amx_mx4_16, NULL);
+const cpu_kernels cpu_kernels_amx_8 = TABLE(8, cpu_amx_i8_8, cpu_amx_mx4_8, NULL);

@@ -79,7 +79,7 @@ static void lay_out(cpu_device *d, arena *a) {
     int64_t lists = 4 * m->n_expert + 3 * m->max_tok * m->top_k + 16;
     for (int i = 0; i < d->n_thread; i++) {
         cpu_local *l = &d->local[i];
-        l->dot = take(a, 1, cpu_dot_scratch(col));
+        l->dot = take(a, 2, cpu_dot_scratch(col));
         l->panel = take(a, 1, (size_t)col * 64 + 4096); /* of any format */
         l->row = take(a, col + 64, sizeof(float));
         l->q = take(a, few, cpu_qrow_bytes(col));

@@ -107,19 +107,36 @@ static void group(const cpu_act *route, int64_t n, int top_k, int n_expert, int3
     g->start[0] = 0;
 }
 
-static void dot_panel(cpu_step *s, int thread, const cpu_weight *w, int part, int64_t mat, int64_t index,
-                      const void *const *x, int n, float *y) {
+/* How many of `left` neighbouring panels are computed at once. */
+static int together(const cpu_step *s, const cpu_weight *w, int64_t left) {
+    bool pair = s->dev->k->pair_mx4 && left > 1;
+    for (int i = 0; i < w->n_part; i++)
+        pair &= w->part[i].fmt == CPU_MX4 && w->part[i].data;
+    return pair ? 2 : 1;
+}
+
+/* y[count][n][16] */
+static void dot_panels(cpu_step *s, int thread, const cpu_weight *w, int part, int64_t mat, int64_t index, int count,
+                       const void *const *x, int n, float *y) {
     const cpu_part *p = &w->part[part];
+    const cpu_kernels *k = s->dev->k;
     cpu_local *l = &s->dev->local[thread];
     const uint8_t *panel = cpu_panel(p, w->base.n_col, mat, index, l);
-    s->dev->k->dot[p->fmt](panel, w->base.n_col, x, n, y, l->dot);
-    if (!w->bias[part])
-        return;
-    float bias[CPU_PANEL] = {0};
-    int64_t left = p->n_row - index * CPU_PANEL;
-    memcpy(bias, w->bias[part] + mat * p->n_row + index * CPU_PANEL,
-           (size_t)(left < CPU_PANEL ? left : CPU_PANEL) * sizeof *bias);
-    s->dev->k->put(y, bias, n, false, y, CPU_PANEL);
+    (count == 2 ? k->pair_mx4 : k->dot[p->fmt])(panel, w->base.n_col, x, n, y, l->dot);
+    for (; w->bias[part] && count > 0; count--, index++, y += n * CPU_PANEL) {
+        float bias[CPU_PANEL] = {0};
+        int64_t left = p->n_row - index * CPU_PANEL;
+        memcpy(bias, w->bias[part] + mat * p->n_row + index * CPU_PANEL,
+               (size_t)(left < CPU_PANEL ? left : CPU_PANEL) * sizeof *bias);
+        k->put(y, bias, n, false, y, CPU_PANEL);
+    }
+}
+
+/* y[count][n][16] to 16 * count values of each entry's row */
+static void scatter(const float *y, const int32_t *entry, int n, int count, float *out, int64_t stride) {
+    for (int c = 0; c < count; c++, out += CPU_PANEL)
+        for (int i = 0; i < n; i++, y += CPU_PANEL)
+            memcpy(out + entry[i] * stride, y, CPU_PANEL * sizeof *y);
 }
 
 /* Some of an expert's entries and panels. Rows change last: they stay in the cache while the panels go by. */
@@ -138,18 +155,17 @@ static void gate_up_rows(cpu_step *s, const cpu_cmd *c, int thread, const cpu_ro
                          const share *a) {
     cpu_device *d = s->dev;
     const cpu_weight *w = c->w;
-    float *gate = d->local[thread].y, *up = gate + CPU_TOKENS * CPU_PANEL;
+    float *gate = d->local[thread].y, *up = gate + 2 * CPU_TOKENS * CPU_PANEL;
     const void *ptr[2][CPU_TOKENS];
     for (int i = 0; i < a->n; i++)
         for (int p = 0; p < 2; p++)
             ptr[p][i] = cpu_row_of(x, cpu_fmt_is_int(w->part[p].fmt), g->entry[a->at + i] / c->top_k);
-    for (int64_t p = a->panel; p < a->n_panel; p++) {
-        dot_panel(s, thread, w, 0, a->expert, p, ptr[0], a->n, gate);
-        dot_panel(s, thread, w, 1, a->expert, p, ptr[1], a->n, up);
-        d->k->glu(gate, up, a->n * CPU_PANEL, c->glu.alpha, c->glu.limit, gate);
-        for (int i = 0; i < a->n; i++)
-            memcpy(d->shared.hidden + g->entry[a->at + i] * d->sized.n_ff + p * CPU_PANEL, gate + i * CPU_PANEL,
-                   CPU_PANEL * sizeof(float));
+    for (int64_t p = a->panel, count; p < a->n_panel; p += count) {
+        count = together(s, w, a->n_panel - p);
+        dot_panels(s, thread, w, 0, a->expert, p, (int)count, ptr[0], a->n, gate);
+        dot_panels(s, thread, w, 1, a->expert, p, (int)count, ptr[1], a->n, up);
+        d->k->glu(gate, up, count * a->n * CPU_PANEL, c->glu.alpha, c->glu.limit, gate);
+        scatter(gate, g->entry + a->at, a->n, (int)count, d->shared.hidden + p * CPU_PANEL, d->sized.n_ff);
     }
 }
 
@@ -161,10 +177,10 @@ static void down_rows(cpu_step *s, const cpu_cmd *c, int thread, const cpu_rows 
     const void *ptr[CPU_TOKENS];
     for (int i = 0; i < a->n; i++)
         ptr[i] = cpu_row_of(x, ints, g->entry[a->at + i]);
-    for (int64_t p = a->panel; p < a->n_panel; p++, out += CPU_PANEL) {
-        dot_panel(s, thread, c->w2, 0, a->expert, p, ptr, a->n, y);
-        for (int i = 0; i < a->n; i++)
-            memcpy(out + g->entry[a->at + i] * out_stride, y + i * CPU_PANEL, CPU_PANEL * sizeof(float));
+    for (int64_t p = a->panel, count; p < a->n_panel; p += count, out += count * CPU_PANEL) {
+        count = together(s, c->w2, a->n_panel - p);
+        dot_panels(s, thread, c->w2, 0, a->expert, p, (int)count, ptr, a->n, y);
+        scatter(y, g->entry + a->at, a->n, (int)count, out, out_stride);
     }
 }
 
