@@ -346,8 +346,11 @@ TILE NAME(screen_tile)(const uint8_t *panel, int64_t n64, const void *const *x, 
             u[t] = _mm512_fmadd_ps(slack, _mm512_set1_ps(norm[t][b]), u[t]);
         }
     }
-    const __m512 one = _mm512_set1_ps(1.0f / CPU_SLACK_ONE);
-    UNROLL for (int t = 0; t < T; t++) _mm512_storeu_ps(bound + t * 16, _mm512_fmadd_ps(u[t], one, f[t]));
+    const __m512 one = _mm512_set1_ps(1.0f / CPU_SLACK_ONE), any = _mm512_set1_ps(INFINITY);
+    UNROLL for (int t = 0; t < T; t++) {
+        __m512 v = _mm512_fmadd_ps(u[t], one, f[t]);
+        bound[t] = _mm512_reduce_max_ps(_mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), any));
+    }
 }
 
 static void NAME(screen)(const uint8_t *panel, int64_t n_col, const void *const *x, const float *const *norm, int n,

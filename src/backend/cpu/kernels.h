@@ -144,9 +144,9 @@ static inline size_t cpu_screen_bytes(int64_t n_col) {
 typedef struct cpu_kernels {
     cpu_dot_fn dot[CPU_N_FMTS];
     cpu_dot_fn pair_mx4; /* two neighbouring panels of MX4, y[2][n][16], scratch twice; or NULL: no faster than one */
-    /* bound[t][r] >= the product of row r as the exact kernel computes it, NaN where nothing can be said. x: n <=
-     * CPU_FEW integer rows; norm: at least the norm of each of their blocks of 64, in which slack is meant. NULL: the
-     * exact products cost no more */
+    /* bound[t] >= the panel's 16 products as the exact kernel computes them, infinite where nothing can be said. x: n
+     * <= CPU_FEW integer rows; norm: at least the norm of each of their blocks of 64, in which slack is meant. NULL:
+     * the exact products cost no more */
     void (*screen)(const uint8_t *panel, int64_t n_col, const void *const *x, const float *const *norm, int n,
                    float *bound);
     /* One row of n64 * 64 floats into row r of a screen's panel; rounding: what is added to each slack */

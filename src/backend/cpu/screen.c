@@ -52,14 +52,6 @@ static void block_norms(const uint8_t *q, int64_t n64, bool few_bits, float *nor
     }
 }
 
-/* NaN: anything may be there. */
-static float peak_of(const float *bound, int64_t n) {
-    float most = -INFINITY;
-    for (int64_t r = 0; r < n; r++)
-        most = bound[r] <= most ? most : bound[r] == bound[r] ? bound[r] : INFINITY;
-    return most;
-}
-
 /* What the logits of all panels do not exceed, for each row, to shared.peak. */
 static void bound_panels(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x, int n) {
     cpu_device *d = s->dev;
@@ -75,10 +67,9 @@ static void bound_panels(cpu_step *s, cpu_cmd *c, int thread, const cpu_rows *x,
     cpu_turns turns = cpu_turns_of(&c->next[0], runs, thread, d->n_thread);
     for (int64_t i; (i = cpu_turn(&turns)) < runs;)
         for (int64_t p = i * RUN; p < (i + 1) * RUN && p < n_panel; p++) {
-            int64_t left = c->w->base.n_row - p * CPU_PANEL;
             d->k->screen(c->w->screen + p * cpu_screen_bytes(n_col), n_col, q, norm, n, l->y);
             for (int t = 0; t < n; t++)
-                d->shared.peak[t * n_panel + p] = peak_of(l->y + t * CPU_PANEL, left < CPU_PANEL ? left : CPU_PANEL);
+                d->shared.peak[t * n_panel + p] = l->y[t];
         }
 }
 
@@ -107,7 +98,9 @@ void cpu_run_screen(cpu_step *s, cpu_cmd *c, int thread) {
     cpu_device *d = s->dev;
     int n = (int)c->x->base.n_row;
     int64_t n_panel = c->w->n_panel, runs = (n_panel + RUN - 1) / RUN;
-    float least[CPU_FEW];
+    float least[CPU_FEW], nothing[CPU_PANEL];
+    for (int r = 0; r < CPU_PANEL; r++)
+        nothing[r] = -INFINITY;
     cpu_rows x;
     cpu_prepare(s, thread, &c->norm, c->x->data, n, c->w->base.n_col, true, &x);
     bound_panels(s, c, thread, &x, n);
@@ -124,9 +117,9 @@ void cpu_run_screen(cpu_step *s, cpu_cmd *c, int thread) {
                 atomic_fetch_add_explicit(&c->next[2], 1, memory_order_relaxed);
                 continue;
             }
+            int64_t left = c->w->base.n_row - p * CPU_PANEL, lanes = left < CPU_PANEL ? left : CPU_PANEL;
             for (int t = 0; t < n; t++)
-                for (int64_t r = p * CPU_PANEL; r < (p + 1) * CPU_PANEL && r < c->w->base.n_row; r++)
-                    c->y->data[t * c->y->stride + r] = -INFINITY;
+                memcpy(c->y->data + t * c->y->stride + p * CPU_PANEL, nothing, (size_t)lanes * sizeof *nothing);
         }
     pool_barrier(d->pool);
     if (thread > 0)
