@@ -1,25 +1,24 @@
 /* backend/cuda/decode.cu: a step of one to eight rows of gpt-oss as five fused kernels a layer. The list of commands is
  * matched whole; anything else is left to the launchers of single commands, which compute the same numbers.
  *
- * One row: norm + qkv + rope + KV write, attention, out + router sums, route + norm + gate_up + SwiGLU, down. The
- * residual row is finished by whoever reads it next: down leaves two partial rows, which the next norm adds. More rows:
- * out and down end with a route and a norm of each row (few_linear.cuh). */
+ * One or two rows: norm + qkv + rope + KV write, attention, out + router sums, route + norm + gate_up + SwiGLU, down.
+ * A residual row is finished by whoever reads it next: down leaves two partial rows, which the next norm adds. More
+ * rows: out and down end with a route and a norm of each row (few_linear.cuh). */
 #include "backend/cuda/decode_attention.cuh"
 #include "backend/cuda/few_experts.cuh"
 
 struct cuda_decode {
-    float *xa, *xb;    /* residual row after qkv's norm and after attention's output */
-    float *p;          /* [2][n_embd] what the experts add */
-    float *route_part; /* [n_embd / 16][n_expert] */
-    uint16_t *q, *h;   /* f16: rotated query heads; the experts' hidden rows */
+    float *xa, *xb;    /* [2][n_embd] residual rows after qkv's norm and after attention's output */
+    float *p;          /* [2][2][n_embd] what the experts add */
+    float *route_part; /* [FEW_MAX][n_embd / 16][n_expert] */
+    uint16_t *q, *h;   /* f16: rotated query heads [FEW_MAX][heads]; the experts' hidden rows [FEW_MAX][4][n_ff] */
     float *fresh;      /* [FEW_MAX] rows' keys and values, where the cache has 8 bits */
-    float2 *best;      /* per CTA of the head */
     struct {
-        float *down, *route_part, *weight; /* [FEW_MAX][4][n_embd], [FEW_MAX][n_embd / 16][n_expert], [FEW_MAX][4] */
-        uint16_t *norm, *q, *y, *h;        /* f16: [FEW_MAX][n_embd], [FEW_MAX][heads], [FEW_MAX][4][n_ff] */
-        int32_t *id;                       /* [FEW_MAX][4] */
-        uint32_t *done;                    /* CTAs of out, of down; rows routed */
-    } few;                                 /* 2 to FEW_MAX rows */
+        float *down, *weight; /* [FEW_MAX][4][n_embd], [FEW_MAX][4] */
+        uint16_t *norm, *y;   /* f16: [FEW_MAX][n_embd], [FEW_MAX][heads] */
+        int32_t *id;          /* [FEW_MAX][4] */
+        uint32_t *done;       /* CTAs of out, of down; rows routed */
+    } few;                    /* 3 to FEW_MAX rows */
     int64_t n_embd, n_ff, n_expert, n_q;
 };
 
@@ -140,66 +139,90 @@ template <int R> static void run_attention(const decode_run *s, const cuda_cmd *
                         r->shape.reach,
                         r->dev->scratch.arrived,
                         y};
-    /* two CTAs a multiprocessor leave the next kernel no room for its weights: only for many units */
-    const bool many = R > 1 && R * t->n_kv_head * r->shape.reach > 4 * s->n_sm && t->window == 0;
-    launch(r, a.kv.fresh ? dec_attention_kernel<kv_int8, R> : dec_attention_kernel<__half, R>,
-           many ? 2 * s->n_sm : s->n_sm, 256, DEC_ATTN_SMEM, a);
+    const int chunks = t->window > 0 ? t->window / DEC_CHUNK + 2 : r->shape.reach; /* that a row sees, at most */
+    const int units = R * t->n_kv_head * (chunks < r->shape.reach ? chunks : r->shape.reach);
+    int grid = s->n_sm;
+    if (R == 1 && units < grid)
+        grid = units; /* with more rows it is slower */
+    else if (R > 1 && units > 4 * s->n_sm && t->window == 0)
+        grid = 2 * s->n_sm; /* this leaves the next kernel no room for its weights: only for many units */
+    launch(r, a.kv.fresh ? dec_attention_kernel<kv_int8, R> : dec_attention_kernel<__half, R>, grid, 256, DEC_ATTN_SMEM,
+           a);
 }
 
-template <class F> static void run_qkv(const decode_run *s, const cuda_cmd *c, const dec_norm_in &in) {
+/* ---- one and two rows ---- */
+
+template <class F, int R> static void run_qkv(const decode_run *s, const cuda_cmd *c, const float *x, const float *p) {
     cuda_run *r = s->r;
     const be_attn *t = &c[L_ATTN].attn;
-    const dec_matrix qkv = matrix_of(c[L_QKV].w);
-    launch(r, dec_qkv_kernel<F, 3>, s->n_sm, ROW_THREADS, dec_linear_smem<F>(qkv.n_unit / 3, s->n_embd), in, qkv,
-           dec_rope{r->dev->scratch.rope, r->dev->arr.pos}, kv_of(r, t), t->n_head, t->n_kv_head, c != s->first,
-           (__half *)s->d->q);
+    const dec_matrix w = matrix_of(c[L_QKV].w);
+    const dec_norm_in in = {x, p, s->d->xa, NULL, c[L_NORM].w->dense, c[L_NORM].eps, s->n_embd};
+    launch(r, dec_qkv_kernel<F, 3, R>, s->n_sm, ROW_THREADS, dec_linear_smem<F, R>(w.n_unit / 3, s->n_embd), in, w,
+           dec_rope{r->dev->scratch.rope, r->dev->arr.pos}, kv_of(r, t), &r->dev->arr.batch->n_tok, t->n_head,
+           t->n_kv_head, c != s->first, (__half *)s->d->q);
 }
 
-template <class F> static void run_out(const decode_run *s, const cuda_cmd *c, const float *x) {
+template <class F, int R> static void run_out(const decode_run *s, const cuda_cmd *c, const float *x) {
     const dec_matrix w = matrix_of(c[L_OUT].w);
     const cuda_weight *router = c[L_MOE].w2;
     const dec_out o = {c[L_ATTN].y->f16, x, s->d->xb, router->gained, s->d->route_part, (int)router->base.n_row};
-    launch(s->r, dec_out_kernel<F, 4>, s->n_sm, ROW_THREADS, dec_out_smem<F>(w.n_unit / 4, w.n_unit * 64), o, w);
+    launch(s->r, dec_out_kernel<F, 4, R>, s->n_sm, ROW_THREADS, dec_out_smem<F, R>(w.n_unit / 4), o, w);
 }
 
-template <int EPL> static void run_experts(const decode_run *s, const cuda_cmd *c) {
+template <int EPL, int R> static void run_experts(const decode_run *s, const cuda_cmd *c) {
+    typedef form_mxfp4 F;
     const cuda_cmd *e = &c[L_EXPERTS];
     const dec_matrix up = matrix_of(e->w), down = matrix_of(e->w2);
     const int n_ff = (int)e->w2->base.n_col;
     const dec_route route = {s->d->xb,  s->d->route_part, c[L_MOE].w2->bias, (s->n_embd + 15) / 16,
                              s->n_embd, c[L_MOE].eps};
-    launch(s->r, dec_gate_up_kernel<form_mxfp4, EPL>, s->n_sm, ROW_THREADS, dec_gate_up_smem<form_mxfp4>(s->n_embd),
-           route, (const float *)c[L_MOE].w->dense, up, e->glu.alpha, e->glu.limit, (__half *)s->d->h, n_ff);
-    launch(s->r, dec_down_kernel<form_mxfp4, EPL>, s->n_sm, ROW_THREADS, dec_down_smem<form_mxfp4>(n_ff), route, down,
-           (const __half *)s->d->h, n_ff, s->d->p);
+    launch(s->r, dec_gate_up_kernel<F, EPL, R>, s->n_sm, ROW_THREADS, dec_gate_up_smem<F, EPL, R>(s->n_embd), route,
+           (const float *)c[L_MOE].w->dense, up, e->glu.alpha, e->glu.limit, s->d->h, n_ff);
+    launch(s->r, dec_down_kernel<F, EPL, R>, s->n_sm, ROW_THREADS, dec_down_smem<F, EPL, R>(n_ff), route, down,
+           (const uint16_t *)s->d->h, n_ff, s->d->p);
 }
 
-template <class F> static void run_layers(const decode_run *s, const decode_plan *p) {
+template <class F, int R> static void run_layers(const decode_run *s, const decode_plan *p) {
     cuda_decode *d = s->d;
     const float *x = p->embed->y->f32;
     for (int l = 0; l < p->n_layer; l++) {
         const cuda_cmd *c = p->layer + l * L_COUNT;
-        const dec_norm_in in = {l ? d->xb : x,      l ? d->p : NULL, d->p + s->n_embd, d->xa,
-                                c[L_NORM].w->dense, c[L_NORM].eps,   s->n_embd};
-        run_qkv<F>(s, c, in);
-        run_attention<1>(s, c, s->d->q, c[L_ATTN].y->f16);
-        run_out<F>(s, c, l ? d->xa : x);
+        run_qkv<F, R>(s, c, l ? d->xb : x, l ? d->p : NULL);
+        run_attention<R>(s, c, d->q, c[L_ATTN].y->f16);
+        run_out<F, R>(s, c, l ? d->xa : x);
         if (c[L_MOE].w2->base.n_row == 32)
-            run_experts<1>(s, c);
+            run_experts<1, R>(s, c);
         else
-            run_experts<4>(s, c);
+            run_experts<4, R>(s, c);
     }
 }
 
-template <class F> static void run_head(const decode_run *s, const decode_plan *p) {
+/* The wanted rows alone: with one of two, it is the row that the batch names. */
+template <class F, int R, int OUTS> static void run_head(const decode_run *s, const decode_plan *p) {
     cuda_decode *d = s->d;
     const dec_matrix w = matrix_of(p->head->w);
-    const dec_norm_in in = {d->xb, d->p, d->p + s->n_embd, d->xa, p->norm->w->dense, p->norm->eps, s->n_embd};
-    launch(s->r, dec_head_kernel<F, 3>, s->n_sm, ROW_THREADS, dec_linear_smem<F>(w.n_unit / 3, s->n_embd), in, w,
-           (int)p->head->w->base.n_row, p->head->y->f32, d->best);
+    const dec_norm_in in = {d->xb,        d->p,     NULL, R > 1 ? s->r->dev->arr.out_row : NULL, p->norm->w->dense,
+                            p->norm->eps, s->n_embd};
+    launch(s->r, dec_head_kernel<F, 3, OUTS>, s->n_sm, ROW_THREADS, dec_linear_smem<F, OUTS>(w.n_unit / 3, s->n_embd),
+           in, w, (int)p->head->w->base.n_row, p->head->y->f32);
 }
 
-/* ---- 2 to FEW_MAX rows ---- */
+template <class F, int R> static void run_heads(const decode_run *s, const decode_plan *p) {
+    if (s->r->shape.outs == 1)
+        run_head<F, R, 1>(s, p);
+    else if (s->r->shape.outs == 2)
+        run_head<F, R, 2>(s, p);
+}
+
+template <class F, int R> static void run_dec(const decode_run *s, const decode_plan *p) {
+    run_layers<F, R>(s, p);
+    if (p->head->w->matrix[0].form == CUDA_FORM_Q8_0)
+        run_heads<form_q8_0, R>(s, p);
+    else
+        run_heads<form_f16<1>, R>(s, p);
+}
+
+/* ---- 3 to FEW_MAX rows ---- */
 
 template <class F, int R> static void few_qkv(const decode_run *s, const cuda_cmd *c) {
     cuda_run *r = s->r;
@@ -208,7 +231,7 @@ template <class F, int R> static void few_qkv(const decode_run *s, const cuda_cm
     const few_rows in = {&r->dev->arr.batch->n_tok, s->d->few.norm, s->n_embd, s->d->few.done + 1};
     launch(r, few_qkv_kernel<F, 3, R>, s->n_sm, ROW_THREADS, few_linear_smem<F, R>(w.n_unit / 3), in, w,
            dec_rope{r->dev->scratch.rope, r->dev->arr.pos}, kv_of(r, t), t->n_head, t->n_kv_head, c != s->first,
-           (__half *)s->d->few.q);
+           (__half *)s->d->q);
 }
 
 template <class F, int EPL, int R> static void few_out_route(const decode_run *s, const cuda_cmd *c, float *x) {
@@ -219,9 +242,9 @@ template <class F, int EPL, int R> static void few_out_route(const decode_run *s
     const few_out a = {{&s->r->dev->arr.batch->n_tok, d->y, w.n_unit * 64, NULL},
                        x,
                        router->gained,
-                       d->route_part,
+                       s->d->route_part,
                        d->done,
-                       {x, d->route_part, router->bias, (n + 15) / 16, n, c[L_MOE].eps},
+                       {x, s->d->route_part, router->bias, (n + 15) / 16, n, c[L_MOE].eps},
                        {c[L_MOE].w->dense, c[L_MOE].eps, n, d->norm, n},
                        d->id,
                        d->weight,
@@ -237,8 +260,8 @@ static void few_experts(const decode_run *s, const cuda_cmd *c, float *x, const 
     const dec_matrix up = matrix_of(e->w), down = matrix_of(e->w2);
     const int n = s->n_embd, n_ff = (int)e->w2->base.n_col;
     launch(s->r, few_gate_up_kernel<EPL, R>, s->n_sm, ROW_THREADS, few_experts_smem<R>(),
-           few_rows{rows, d->norm, n, d->done}, d->id, d->done + 2, up, e->glu.alpha, e->glu.limit, d->h, n_ff);
-    const few_down a = {{rows, d->h, n_ff, d->done + 2},           d->id, d->weight, d->down, x, d->done + 1,
+           few_rows{rows, d->norm, n, d->done}, d->id, d->done + 2, up, e->glu.alpha, e->glu.limit, s->d->h, n_ff);
+    const few_down a = {{rows, s->d->h, n_ff, d->done + 2},        d->id, d->weight, d->down, x, d->done + 1,
                         {norm->w->dense, norm->eps, n, d->norm, n}};
     launch(s->r, few_down_kernel<EPL, R>, s->n_sm, ROW_THREADS, few_experts_smem<R>(), a, down);
 }
@@ -255,7 +278,7 @@ template <class F, int R> static void few_layers(const decode_run *s, const deco
     for (int l = 0; l < p->n_layer; l++) {
         const cuda_cmd *c = p->layer + l * L_COUNT, *next = l + 1 < p->n_layer ? c + L_COUNT + L_NORM : p->norm;
         few_qkv<F, R>(s, c);
-        run_attention<R>(s, c, s->d->few.q, s->d->few.y);
+        run_attention<R>(s, c, s->d->q, s->d->few.y);
         if (c[L_MOE].w2->base.n_row == 32) {
             few_out_route<F, 1, R>(s, c, x);
             few_experts<1, R>(s, c, x, next);
@@ -284,22 +307,12 @@ template <class F, int R> static void run_few(const decode_run *s, const decode_
         few_head<form_f16<1>, R>(s, p);
 }
 
-template <class F> static void run_one(const decode_run *s, const decode_plan *p) {
-    run_layers<F>(s, p);
-    if (s->r->shape.outs == 0)
-        return;
-    if (p->head->w->matrix[0].form == CUDA_FORM_Q8_0)
-        run_head<form_q8_0>(s, p);
-    else
-        run_head<form_f16<1>>(s, p);
-}
-
 template <class F> static void run_rows(const decode_run *s, const decode_plan *p) {
     const int rows = s->r->shape.rows;
     if (rows == 1)
-        run_one<F>(s, p);
-    else if (rows <= 2)
-        run_few<F, 2>(s, p);
+        run_dec<F, 1>(s, p);
+    else if (rows == 2)
+        run_dec<F, 2>(s, p);
     else if (rows <= 4)
         run_few<F, 4>(s, p);
     else
@@ -311,7 +324,7 @@ bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd) {
     int smem = 0;
     if (!r->dev->decode || r->dev->major < 8 || !match(r, cmd, n_cmd, &p) ||
         cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, r->dev->ordinal) != cudaSuccess ||
-        smem < 120 * 1024 || r->dev->n_sm > DEC_MAX_SM || r->dev->n_sm < FEW_MAX)
+        smem < 160 * 1024 || r->dev->n_sm > DEC_MAX_SM || r->dev->n_sm < FEW_MAX)
         return false;
     const decode_run s = {r, r->dev->decode, r->dev->n_sm, (int)p.embed->y->base.width, p.layer};
     cuda_run_embed(r, p.embed);
@@ -328,9 +341,8 @@ bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd) {
 /* ---- scratch ---- */
 
 static void free_rows(cuda_dev *dev, cuda_decode *d) {
-    void *all[] = {d->xa,    d->xb,    d->p,        d->route_part,     d->q,          d->h,
-                   d->fresh, d->best,  d->few.down, d->few.route_part, d->few.weight, d->few.norm,
-                   d->few.q, d->few.y, d->few.h,    d->few.id,         d->few.done};
+    void *all[] = {d->xa,       d->xb,         d->p,        d->route_part, d->q,      d->h,       d->fresh,
+                   d->few.down, d->few.weight, d->few.norm, d->few.y,      d->few.id, d->few.done};
     for (void *p : all)
         cuda_free(dev, p);
     *d = {};
@@ -345,12 +357,9 @@ static orcd_status few_alloc(cuda_dev *dev, void *out, size_t bytes, orcd_error 
 static orcd_status reserve_few(cuda_dev *dev, cuda_decode *d, size_t embd, orcd_error *err) {
     const size_t pairs = FEW_MAX * DEC_TOP_K;
     ORCD_TRY(few_alloc(dev, &d->few.down, pairs * embd, err));
-    ORCD_TRY(few_alloc(dev, &d->few.route_part, FEW_MAX * (embd / 16) * (size_t)dev->want_expert, err));
     ORCD_TRY(few_alloc(dev, &d->few.weight, pairs * sizeof(float), err));
     ORCD_TRY(few_alloc(dev, &d->few.norm, FEW_MAX * embd / 2, err));
-    ORCD_TRY(few_alloc(dev, &d->few.q, FEW_MAX * DEC_MAX_Q * 2, err));
     ORCD_TRY(few_alloc(dev, &d->few.y, FEW_MAX * DEC_MAX_Q * 2, err));
-    ORCD_TRY(few_alloc(dev, &d->few.h, pairs * (size_t)round_up(dev->want_ff, 64) * 2, err));
     ORCD_TRY(few_alloc(dev, &d->few.id, pairs * sizeof(int32_t), err));
     return few_alloc(dev, &d->few.done, 3 * sizeof(uint32_t), err);
 }
@@ -366,14 +375,13 @@ orcd_status cuda_decode_reserve(cuda_dev *dev, orcd_error *err) {
     cuda_graphs_drop(dev, NULL);
     free_rows(dev, d);
     const size_t embd = (size_t)round_up(dev->want_embd, 64) * sizeof(float), experts = (size_t)dev->want_expert;
-    ORCD_TRY(cuda_alloc(dev, &d->xa, embd, "the decode step", err));
-    ORCD_TRY(cuda_alloc(dev, &d->xb, embd, "the decode step", err));
-    ORCD_TRY(cuda_alloc(dev, &d->p, 2 * embd, "the decode step", err));
-    ORCD_TRY(cuda_alloc(dev, &d->route_part, embd / 16 * experts, "the decode step", err));
-    ORCD_TRY(cuda_alloc(dev, &d->q, DEC_MAX_Q * 2, "the decode step", err));
+    ORCD_TRY(cuda_alloc(dev, &d->xa, 2 * embd, "the decode step", err));
+    ORCD_TRY(cuda_alloc(dev, &d->xb, 2 * embd, "the decode step", err));
+    ORCD_TRY(cuda_alloc(dev, &d->p, 4 * embd, "the decode step", err));
     ORCD_TRY(cuda_alloc(dev, &d->fresh, FEW_MAX * 2 * DEC_MAX_Q / 8 * sizeof(float), "the decode step", err));
-    ORCD_TRY(cuda_alloc(dev, &d->h, (size_t)round_up(dev->want_ff, 64) * DEC_TOP_K * 2, "the decode step", err));
-    ORCD_TRY(cuda_alloc(dev, &d->best, DEC_MAX_SM * sizeof(float2), "the decode step", err));
+    ORCD_TRY(few_alloc(dev, &d->route_part, FEW_MAX * (embd / 16) * experts, err));
+    ORCD_TRY(few_alloc(dev, &d->q, FEW_MAX * DEC_MAX_Q * 2, err));
+    ORCD_TRY(few_alloc(dev, &d->h, FEW_MAX * DEC_TOP_K * (size_t)round_up(dev->want_ff, 64) * 2, err));
     ORCD_TRY(reserve_few(dev, d, embd, err));
     d->n_embd = dev->want_embd, d->n_ff = dev->want_ff, d->n_expert = dev->want_expert;
     return ORCD_OK;

@@ -24,19 +24,20 @@ struct dec_attn {
 
 struct dec_soft { /* running softmax of one head and two columns */
     float m, l, o0, o1;
-    __device__ __forceinline__ void merge(float pm, float pl, float p0, float p1) {
-        if (pm == -INFINITY)
-            return;
-        float a, b;
-        soft_merge(m, l, pm, pl, a, b);
-        o0 = fmaf(o0, a, p0 * b), o1 = fmaf(o1, a, p1 * b);
+    __device__ __forceinline__ void merge(float pm, float pl, float p0, float p1) { /* no branch: merges overlap */
+        float a, b, nm = m, nl = l;
+        soft_merge(nm, nl, pm, pl, a, b);
+        const bool some = pm != -INFINITY;
+        o0 = some ? fmaf(o0, a, p0 * b) : o0, o1 = some ? fmaf(o1, a, p1 * b) : o1;
+        m = some ? nm : m, l = some ? nl : l;
     }
 };
 
-__device__ __forceinline__ void dec_attn_finish(const dec_attn &a, int row, int head, int d, const dec_soft &s) {
+__device__ __forceinline__ void dec_attn_finish(const dec_attn &a, int row, int head, int d, float sink,
+                                                const dec_soft &s) {
     float m = s.m, l = s.l, f = 1;
     if (a.sinks) {
-        float z = a.sinks[head] * 1.44269504088896f;
+        float z = sink * 1.44269504088896f;
         m = fmaxf(s.m, z), f = exp2f(s.m - m), l = fmaf(s.l, f, exp2f(z - m));
     }
     *(uint32_t *)(a.y + (row * a.n_kv * 8 + head) * 64 + d) = f16x2(s.o0 * f / l, s.o1 * f / l);
@@ -179,7 +180,7 @@ template <class T> struct dec_page {
         if (t == 0)
             sm[g] = m, sl[g] = l;
         clear_unseen(a, key0, pos);
-#pragma unroll 2
+#pragma unroll 4
         for (int n = 0; n < 8; n++) {
             float o[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -290,8 +291,12 @@ template <class T, int R> __global__ void __launch_bounds__(256, 2) dec_attentio
     const dec_unit begin = units.at(u);
     int index = begin.page(warp);
     T *page = index >= 0 ? page_of(begin, index) : nullptr;
-    if (index == begin.pos / 64)
-        pdl_wait(); /* this page's last row is the kernel's before */
+    float sink = a.sinks && begin.row >= 0 ? a.sinks[begin.head * 8 + g] : 0.f; /* early: it comes from far */
+    if (index == begin.pos / 64) { /* this page's last row is the kernel's before; the others may come nearer already */
+        for (int i = lane * 128; i < kv_head_bytes<T>(64); i += 32 * 128)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"((const uint8_t *)page + i));
+        pdl_wait();
+    }
     if (index >= 0)
         ask(begin, page, index);
     pdl_wait();
@@ -316,13 +321,16 @@ template <class T, int R> __global__ void __launch_bounds__(256, 2) dec_attentio
             ask(next, page_of(next, index), index);
         __syncthreads();
         dec_soft acc = {-INFINITY, 0, 0, 0};
-#pragma unroll 2
+#pragma unroll
         for (int w = 0; w < 8; w++) {
             float2 o = *(const float2 *)(so + w * 512 + g * 64 + d);
             acc.merge(sm[w * 8 + g], sl[w * 8 + g], o.x, o.y);
         }
+        const float z = sink;
+        if (a.sinks && next.row >= 0)
+            sink = a.sinks[next.head * 8 + g];
         if (now.n_chunk == 1) {
-            dec_attn_finish(a, now.row, h * 8 + g, d, acc);
+            dec_attn_finish(a, now.row, h * 8 + g, d, z, acc);
             __syncthreads();
             continue;
         }
@@ -348,7 +356,7 @@ template <class T, int R> __global__ void __launch_bounds__(256, 2) dec_attentio
             for (int i = 0; i < 4; i++)
                 acc.merge(ml[i].x, ml[i].y, o[i].x, o[i].y);
         }
-        dec_attn_finish(a, now.row, h * 8 + g, d, acc);
+        dec_attn_finish(a, now.row, h * 8 + g, d, z, acc);
     }
 }
 

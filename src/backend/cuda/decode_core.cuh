@@ -52,7 +52,7 @@ struct dec_kv {
 };
 
 /* CTA's share of n things: [first, end). */
-__device__ __forceinline__ int dec_share(int n, int i) { return (int)((int64_t)n * i / gridDim.x); }
+__device__ __forceinline__ int dec_share(int n, int i) { return (int)((uint32_t)n * (uint32_t)i / gridDim.x); }
 
 /* Carves shared memory; the ring comes first. */
 struct dec_carve {
@@ -114,9 +114,17 @@ template <int BYTES, int STAGES> struct dec_ring {
     }
 };
 
-/* A lane's activations of its warp's segment, block h of 32 columns of unit u. One row, in shared memory: */
+/* Halves from a row of n in shared memory to the next, which begins 64 bytes of banks further on. */
+__host__ __device__ constexpr int dec_ld(int n) { return n + 32; }
+
+/* A lane's activations of its warp's segment, block h of 32 columns of unit u. One or two rows, in shared memory: */
 struct dec_x1 {
     const __half *x; /* the lane's first eight */
+    /* Column lane / 4 of B is row lane / 4 % R. at: the warp's segment of row 0 */
+    template <int R> static __device__ __forceinline__ dec_x1 of(const __half *at, int ld) {
+        const int lane = threadIdx.x % 32;
+        return {at + lane % 4 * 8 + (R == 1 ? 0 : lane / 4 % 2 * ld)};
+    }
     __device__ __forceinline__ uint4 at(int u, int h) const { return *(const uint4 *)(x + u * 64 + h * 32); }
 };
 
@@ -188,7 +196,7 @@ __device__ __forceinline__ void dec_bar_wait(uint32_t bar, uint32_t phase) {
 template <class F, int SEG, int N_SEG, int PARTS, int STAGES,
           int PRODUCER_WARP = N_SEG<DEC_WARPS ? DEC_WARPS - 1 : 0> struct dec_pipe {
     static constexpr int WARPS = N_SEG / PARTS, BYTES = WARPS * SEG * F::CHUNK, SMEM = STAGES * (BYTES + 16);
-    static constexpr int PRODUCER = PRODUCER_WARP;
+    static constexpr int PRODUCER = PRODUCER_WARP, PER_TILE = PARTS;
     /* whole tiles: a warp meets a stage again only after its own last use, else parities would be taken for older ones
      */
     static_assert(N_SEG % PARTS == 0 && STAGES % PARTS == 0 && BYTES % 16 == 0, "whole pieces and tiles");
@@ -321,5 +329,61 @@ __device__ __forceinline__ float4 dec_ld4(const float *p) { return __ldcg((const
 __device__ __forceinline__ uint2 dec_norm4(float4 v, float rs, float4 g) {
     return make_uint2(f16x2(v.x * rs * g.x, v.y * rs * g.y), f16x2(v.z * rs * g.z, v.w * rs * g.w));
 }
+
+/* How the squares of R rows are spread over a CTA, four columns at a time, so that each row's sum is row_sum's: in row
+ * 1 the warps count backwards. With two rows there are at most 3072 columns. */
+template <int R> struct dec_spread {
+    static constexpr int N = R + 1; /* fours of a thread */
+    int own[R];
+    __device__ __forceinline__ dec_spread() {
+#pragma unroll
+        for (int j = 0; j < R; j++)
+            own[j] = j == 0 ? threadIdx.x : ROW_THREADS - 32 - threadIdx.x / 32 * 32 + threadIdx.x % 32;
+    }
+    __device__ __forceinline__ int row(int i) const { return i < R ? i : R == 2 && threadIdx.x >= ROW_THREADS / 2; }
+    __device__ __forceinline__ int at(int i) const {
+        return 4 * (i < R ? own[i] : ROW_THREADS + own[R == 2 ? row(i) : 0]);
+    }
+
+    /* The scales of the rows whose fours are v. ws: [R][16] shared; one barrier inside */
+    __device__ __forceinline__ void scales(const float4 (&v)[N], int n_embd, float eps, float *ws,
+                                           float (&rs)[R]) const {
+        float s[R];
+#pragma unroll
+        for (int j = 0; j < R; j++)
+            s[j] = own[j] * 4 < n_embd ? sum_sq4(v[j], 0.f) : 0.f;
+        if (at(R) < n_embd) {
+            const float t = sum_sq4(v[R], row(R) == 0 ? s[0] : s[R - 1]);
+            s[0] = row(R) == 0 ? t : s[0];
+            s[R - 1] = row(R) == R - 1 ? t : s[R - 1];
+        }
+#pragma unroll
+        for (int j = 0; j < R; j++) {
+            s[j] = warp_sum(s[j]);
+            if (threadIdx.x % 32 == 0)
+                ws[j * 16 + own[j] / 32] = s[j];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < R; j++) {
+            float t = 0; /* a sum of squares is never -0 */
+#pragma unroll
+            for (int w = 0; w < ROW_THREADS / 32; w += 4) {
+                const float4 p = *(const float4 *)(ws + j * 16 + w);
+                t = t + p.x + p.y + p.z + p.w;
+            }
+            rs[j] = rms_scale(t, n_embd, eps);
+        }
+    }
+    /* The rows normed, f16. */
+    __device__ __forceinline__ void norm(const float4 (&v)[N], const float (&rs)[R], const float4 (&gain)[N],
+                                         __half *xs, int n_embd) const {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (at(i) < n_embd)
+                *(uint2 *)(xs + row(i) * dec_ld(n_embd) + at(i)) =
+                    dec_norm4(v[i], row(i) == 0 ? rs[0] : rs[R - 1], gain[i]);
+    }
+};
 
 #endif

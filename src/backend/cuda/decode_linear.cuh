@@ -7,18 +7,20 @@
 #include "backend/cuda/kv.cuh"
 
 struct dec_norm_in {
-    const float *x, *p0, *p1; /* residual row = x + p0 + p1; p0 NULL: x alone */
-    float *x_out;             /* the sum, written by CTA 0; not x. Unused without p0 */
+    const float *x, *p; /* [row][n_embd], [row][2][n_embd]: residual row = x + p + p; p NULL: x alone */
+    float *x_out;       /* the sum, written by CTA 0; not x. Unused without p; NULL: nowhere */
+    const int32_t *of;  /* which rows to take; NULL: all in order */
     const float *gain;
     float eps;
-    int n_embd; /* <= 4096, a multiple of 4 */
+    int n_embd; /* <= 4096, or 3072 with two rows; a multiple of 4 */
 };
 
-/* Units per ring stage and stages: a third of the shared memory of a multiprocessor stays free for the next kernel. */
-template <class F> struct dec_plan { /* one tile's segment of three units in six or two stages */
-    static constexpr int UNITS = 3, STAGES = 2, OUT_UNITS = 2, OUT_STAGES = 2;
-};
+/* Units per ring stage and stages: two tiles, and one and a half for out. A third of the shared memory of a
+ * multiprocessor stays free for attention. */
+template <class F> struct dec_plan { static constexpr int UNITS = 1, STAGES = 6, OUT_UNITS = 2, OUT_STAGES = 3; };
 template <> struct dec_plan<form_f16<1>> { static constexpr int UNITS = 1, STAGES = 3, OUT_UNITS = 1, OUT_STAGES = 3; };
+
+#define DEC_IN_GROUP 4 /* tiles of qkv and head that are added up at once */
 
 /* A warp's walk over its segment of a list of tiles. Tiles: an object whose next() gives the address of the next tile.
  */
@@ -94,54 +96,63 @@ __device__ __forceinline__ void dec_tiles(Feed &feed, Tiles &tile, const X &x, f
     }
 }
 
-/* xs (f16, shared) = norm of the residual row. Ends with a barrier. */
-template <class Epi>
-__device__ __forceinline__ void dec_norm_row(const dec_norm_in &in, __half *xs, float *ws, Epi &epi) {
-    int tid = threadIdx.x, n4 = in.n_embd / 4;
-    float4 v[2], g[2];
+/* xs (f16, shared) = norm of R residual rows. Ends with a barrier. */
+template <int R, class Epi>
+__device__ __forceinline__ void dec_norm_rows(const dec_norm_in &in, __half *xs, float *ws, Epi &epi) {
+    const dec_spread<R> own;
+    const int n = in.n_embd;
+    float4 v[own.N], g[own.N];
+    int row[own.N];
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-        if (tid + i * ROW_THREADS < n4)
-            g[i] = *(const float4 *)(in.gain + 4 * (tid + i * ROW_THREADS));
+    for (int i = 0; i < own.N; i++) {
+        g[i] = *(const float4 *)(in.gain + min(own.at(i), n - 4));
+        row[i] = in.of ? __ldcg(in.of + own.row(i)) : own.row(i);
+    }
+    auto load = [&] {
+#pragma unroll
+        for (int i = 0; i < own.N; i++)
+            v[i] = dec_ld4(in.x + row[i] * n + min(own.at(i), n - 4));
+    };
+    if (in.p) /* x is older: the kernel before this one started us after it had waited for it */
+        load();
     pdl_wait();
     epi.after_wait();
-    float s = 0;
+    if (!in.p)
+        load();
+    if (in.p) {
+        float4 p[own.N], q[own.N];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        int at = 4 * (tid + i * ROW_THREADS);
-        if (at < in.n_embd) {
-            v[i] = dec_ld4(in.x + at);
-            if (in.p0) {
-                float4 p = dec_ld4(in.p0 + at), q = dec_ld4(in.p1 + at);
-                v[i].x = v[i].x + p.x + q.x, v[i].y = v[i].y + p.y + q.y;
-                v[i].z = v[i].z + p.z + q.z, v[i].w = v[i].w + p.w + q.w;
-                if (blockIdx.x == 0)
-                    *(float4 *)(in.x_out + at) = v[i];
-            }
-            s = sum_sq4(v[i], s);
+        for (int i = 0; i < own.N; i++) { /* all on their way before the first is used */
+            const float *from = in.p + row[i] * 2 * n + min(own.at(i), n - 4);
+            p[i] = dec_ld4(from), q[i] = dec_ld4(from + n);
+        }
+#pragma unroll
+        for (int i = 0; i < own.N; i++) {
+            v[i].x = v[i].x + p[i].x + q[i].x, v[i].y = v[i].y + p[i].y + q[i].y;
+            v[i].z = v[i].z + p[i].z + q[i].z, v[i].w = v[i].w + p[i].w + q[i].w;
+            if (blockIdx.x == 0 && in.x_out && own.at(i) < n)
+                *(float4 *)(in.x_out + own.row(i) * n + own.at(i)) = v[i];
         }
     }
-    float rs = rms_scale(row_sum(s, ws), in.n_embd, in.eps);
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        if (tid + i * ROW_THREADS < n4)
-            *(uint2 *)(xs + 4 * (tid + i * ROW_THREADS)) = dec_norm4(v[i], rs, g[i]);
+    float rs[R];
+    own.scales(v, n, in.eps, ws, rs);
+    own.norm(v, rs, g, xs, n);
     __syncthreads();
 }
 
 /* ---- norm + linear: qkv and head ---- */
 
-template <class F, int SEG, int G, class Epi>
+template <class F, int SEG, int G, int R, class Epi>
 __device__ __forceinline__ void dec_norm_linear(const dec_norm_in &in, const dec_matrix &w, Epi &epi) {
     using plan = dec_plan<F>;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_seg = w.n_unit / SEG;
+    int warp = threadIdx.x / 32, n_seg = w.n_unit / SEG;
     bool active = warp < n_seg;
     dec_carve c = {dec_shared};
     dec_feed<F, SEG, plan::UNITS, plan::STAGES> feed;
     uint8_t *ring = c.take(n_seg * feed.WARP_BYTES);
-    float *red = (float *)c.take(dec_sums_bytes<G, 1>);
-    float *ws = (float *)c.take(64);
-    __half *xs = (__half *)c.take(in.n_embd * 2);
+    float *red = (float *)c.take(dec_sums_bytes<G, R>);
+    float *ws = (float *)c.take(R * 64);
+    __half *xs = (__half *)c.take(R * dec_ld(in.n_embd) * 2);
 
     int first = dec_share(w.n_tile, blockIdx.x), n = dec_share(w.n_tile, blockIdx.x + 1) - first;
     dec_tiles_plain tile = {w.w + (int64_t)first * w.n_unit * F::CHUNK, (int64_t)w.n_unit * F::CHUNK};
@@ -150,8 +161,8 @@ __device__ __forceinline__ void dec_norm_linear(const dec_norm_in &in, const dec
         feed.prime(tile);
     }
     epi.before_wait(first, n);
-    dec_norm_row(in, xs, ws, epi);
-    dec_tiles<G, 1>(feed, tile, dec_x1{xs + warp * SEG * 64 + lane % 4 * 8}, red, n, active,
+    dec_norm_rows<R>(in, xs, ws, epi);
+    dec_tiles<G, R>(feed, tile, dec_x1::of<R>(xs + warp * SEG * 64, dec_ld(in.n_embd)), red, n, active,
                     [&](const float *sums, int i0, int m) { epi(sums, first + i0, i0, m, n_seg); });
 }
 
@@ -233,82 +244,67 @@ template <int R> struct dec_qkv_epilogue {
     }
 };
 
-template <class F, int SEG>
-__global__ void __launch_bounds__(ROW_THREADS, 2) dec_qkv_kernel(dec_norm_in in, dec_matrix w, dec_rope rope, dec_kv kv,
-                                                                 int n_head, int n_kv, bool early, __half *q) {
+template <class F, int SEG, int R>
+__global__ void __launch_bounds__(ROW_THREADS, 2)
+    dec_qkv_kernel(dec_norm_in in, dec_matrix w, dec_rope rope, dec_kv kv, const int32_t *n_row, int n_head, int n_kv,
+                   bool early, __half *q) {
     __shared__ float bias[DEC_MAX_TILES * 16];
-    __shared__ float2 cs[32];
-    __shared__ int64_t at[2];
-    dec_qkv_epilogue<1> epi = {w, rope, kv, NULL, n_head, n_kv, q, bias, cs, at, early};
-    dec_norm_linear<F, SEG, 4>(in, w, epi);
+    __shared__ float2 cs[R * 32];
+    __shared__ int64_t at[R * 2];
+    dec_qkv_epilogue<R> epi = {w, rope, kv, n_row, n_head, n_kv, q, bias, cs, at, early};
+    dec_norm_linear<F, SEG, DEC_IN_GROUP, R>(in, w, epi);
 }
 
-/* logits of one row, and per CTA the best (value, id; ties: lower id). */
-struct dec_head_epilogue {
+/* logits[row][n_vocab] */
+template <int R> struct dec_head_epilogue {
     dec_matrix w;
     int n_vocab;
     float *logits;
-    float top;
-    int id;
 
     __device__ __forceinline__ void before_wait(int, int) { pdl_launch(); }
     __device__ __forceinline__ void after_wait() {}
     __device__ __forceinline__ void operator()(const float *sums, int tile0, int, int m, int n_seg) {
-        int i = threadIdx.x / 16, r = threadIdx.x % 16, row = (tile0 + i) * 16 + r;
+        const int i = threadIdx.x / (16 * R), j = threadIdx.x / 16 % R, r = threadIdx.x % 16,
+                  row = (tile0 + i) * 16 + r;
         if (i >= m || row >= n_vocab)
             return;
-        float v = dec_sum<1>(sums, i, 0, r, n_seg) * w.post;
+        float v = dec_sum<R>(sums, i, j, r, n_seg) * w.post;
         if (w.bias)
             v += w.bias[row];
-        logits[row] = v;
-        if (v > top || id == INT32_MAX)
-            top = v, id = row; /* rows of a thread ascend */
+        logits[(int64_t)j * n_vocab + row] = v;
     }
 };
 
-template <class F, int SEG>
+template <class F, int SEG, int R>
 __global__ void __launch_bounds__(ROW_THREADS, 2)
-    dec_head_kernel(dec_norm_in in, dec_matrix w, int n_vocab, float *logits,
-                    float2 *best /* [gridDim.x], y: id bits */) {
-    __shared__ float tops[4 * 16];
-    __shared__ int ids[4 * 16];
-    dec_head_epilogue epi = {w, n_vocab, logits, -INFINITY, INT32_MAX};
-    dec_norm_linear<F, SEG, 4>(in, w, epi);
-    float top = epi.top;
-    int id = epi.id;
-    if (threadIdx.x < 64)
-        tops[threadIdx.x] = top, ids[threadIdx.x] = id;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int i = 1; i < 64; i++)
-            if (ids[i] != INT32_MAX && (id == INT32_MAX || tops[i] > top || (tops[i] == top && ids[i] < id)))
-                top = tops[i], id = ids[i];
-        best[blockIdx.x] = make_float2(top, __int_as_float(id));
-    }
+    dec_head_kernel(dec_norm_in in, dec_matrix w, int n_vocab, float *logits) {
+    dec_head_epilogue<R> epi = {w, n_vocab, logits};
+    dec_norm_linear<F, SEG, DEC_IN_GROUP, R>(in, w, epi);
 }
 
 /* ---- out: x_out = x + W y + b, and each tile's share of the router's sums ---- */
 
 struct dec_out {
-    const uint16_t *y; /* f16 */
-    const float *x;
-    float *x_out;
+    const uint16_t *y;   /* f16, [row][columns] */
+    const float *x;      /* [row][rows of the matrix] */
+    float *x_out;        /* the same */
     const float *router; /* [tile][4][n_expert][4]: router weight times the norm's gain */
-    float *route_part;   /* [tile][n_expert] */
+    float *route_part;   /* [row][tile][n_expert] */
     int n_expert;        /* a multiple of 32 */
 };
 
-template <class F, int SEG> __global__ void __launch_bounds__(ROW_THREADS, 2) dec_out_kernel(dec_out a, dec_matrix w) {
+template <class F, int SEG, int R>
+__global__ void __launch_bounds__(ROW_THREADS, 2) dec_out_kernel(dec_out a, dec_matrix w) {
     using plan = dec_plan<F>;
     constexpr int G = 2;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_seg = w.n_unit / SEG;
-    bool active = warp < n_seg;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_seg = w.n_unit / SEG, n_row = w.n_tile * 16;
+    const bool active = warp < n_seg;
     dec_carve c = {dec_shared};
     dec_feed<F, SEG, plan::OUT_UNITS, plan::OUT_STAGES> feed;
     uint8_t *ring = c.take(n_seg * feed.WARP_BYTES);
-    float *red = (float *)c.take(dec_sums_bytes<G, 1>);
-    float *xt = (float *)c.take(2 * G * 16 * 4);
-    __half *ys = (__half *)c.take(n_seg * SEG * 128);
+    float *red = (float *)c.take(dec_sums_bytes<G, R>);
+    float *xt = (float *)c.take(2 * G * R * 16 * 4);
+    __half *ys = (__half *)c.take(n_seg * R * dec_ld(SEG * 64) * 2);
 
     int step = gridDim.x, n = (w.n_tile - blockIdx.x + step - 1) / step;
     dec_tiles_plain tile = {w.w + (int64_t)blockIdx.x * w.n_unit * F::CHUNK, (int64_t)step * w.n_unit * F::CHUNK};
@@ -316,62 +312,71 @@ template <class F, int SEG> __global__ void __launch_bounds__(ROW_THREADS, 2) de
         feed.open(ring, n);
         feed.prime(tile);
     }
-    int e = threadIdx.x / 16, r = threadIdx.x % 16;
-    float wr = 0;
-    if (n > 0)
-        wr = a.router[(((int64_t)blockIdx.x * 4 + r / 4) * a.n_expert + e) * 4 + r % 4];
+    const int e = threadIdx.x / 16, r = threadIdx.x % 16;
+    float wr[G]; /* router's weights of the first group, for the first 32 experts */
+#pragma unroll
+    for (int i = 0; i < G; i++)
+        if (i < n)
+            wr[i] = a.router[(((int64_t)(blockIdx.x + i * step) * 4 + r / 4) * a.n_expert + e) * 4 + r % 4];
+    const int own_i = threadIdx.x / (16 * R), own_j = threadIdx.x / 16 % R;
+    float old = 0, off = 0; /* residual and bias of the thread's row in the first group */
+    if (own_i < min(n, G) && w.bias)
+        off = w.bias[(blockIdx.x + own_i * step) * 16 + r];
     pdl_launch();
     pdl_wait();
-    float old = 0, off = 0; /* residual and bias of the thread's row in the first group */
-    if (threadIdx.x < min(n, G) * 16) {
-        int row = (blockIdx.x + threadIdx.x / 16 * step) * 16 + r;
-        old = __ldcg(a.x + row);
-        off = w.bias ? w.bias[row] : 0.f;
-    }
-    __half *own = ys + warp * SEG * 64;
+    __half *own = ys + warp * R * dec_ld(SEG * 64);
     if (active)
-        for (int i = lane; i < SEG * 8; i += 32)
-            ((uint4 *)own)[i] = __ldcg((const uint4 *)(a.y + warp * SEG * 64) + i);
+#pragma unroll
+        for (int j = 0; j < R; j++)
+            for (int i = lane; i < SEG * 8; i += 32)
+                ((uint4 *)(own + j * dec_ld(SEG * 64)))[i] =
+                    __ldcg((const uint4 *)(a.y + j * w.n_unit * 64 + warp * SEG * 64) + i);
+    if (own_i < min(n, G))
+        old = __ldcg(a.x + own_j * n_row + (blockIdx.x + own_i * step) * 16 + r);
     __syncwarp();
     int k = 0;
-    dec_tiles<G, 1>(feed, tile, dec_x1{own + lane % 4 * 8}, red, n, active, [&](const float *sums, int i0, int m) {
-        float *x16 = xt + k * G * 16;
-        k ^= 1;
-        if (threadIdx.x < m * 16) {
-            int i = threadIdx.x / 16, row = (blockIdx.x + (i0 + i) * step) * 16 + r;
-            float v = dec_sum<1>(sums, i, 0, r, n_seg) * w.post;
-            if (i0 > 0)
-                old = __ldcg(a.x + row), off = w.bias ? w.bias[row] : 0.f;
-            v = old + (v + off);
-            a.x_out[row] = v;
-            x16[threadIdx.x] = v;
-        }
-        __syncthreads();
-        for (int i = 0; i < m; i++)
-            for (int e0 = 0; e0 < a.n_expert; e0 += 32) {
-                int64_t tile = blockIdx.x + (i0 + i) * step, at = tile * a.n_expert + e0 + e;
-                float w16 = wr;
-                if (i0 + i + e0 > 0)
-                    w16 = a.router[((tile * 4 + r / 4) * a.n_expert + e0 + e) * 4 + r % 4];
-                float v = __fmul_rn(w16, x16[i * 16 + r]);
-#pragma unroll
-                for (int d = 8; d; d >>= 1)
-                    v += __shfl_xor_sync(~0u, v, d);
-                if (r == 0)
-                    a.route_part[at] = v;
+    dec_tiles<G, R>(
+        feed, tile, dec_x1::of<R>(own, dec_ld(SEG * 64)), red, n, active, [&](const float *sums, int i0, int m) {
+            float *x16 = xt + k * G * R * 16;
+            k ^= 1;
+            if (own_i < m) {
+                const int row = (blockIdx.x + (i0 + own_i) * step) * 16 + r;
+                float v = dec_sum<R>(sums, own_i, own_j, r, n_seg) * w.post;
+                if (i0 > 0)
+                    old = __ldcg(a.x + own_j * n_row + row), off = w.bias ? w.bias[row] : 0.f;
+                v = old + (v + off);
+                a.x_out[own_j * n_row + row] = v;
+                x16[threadIdx.x] = v;
             }
-    });
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < G; i++)
+                for (int e0 = 0; i < m && e0 < a.n_expert; e0 += 32) {
+                    const int64_t t = blockIdx.x + (i0 + i) * step;
+                    const float w16 =
+                        i0 + e0 == 0 ? wr[i] : a.router[((t * 4 + r / 4) * a.n_expert + e0 + e) * 4 + r % 4];
+#pragma unroll
+                    for (int j = 0; j < R; j++) {
+                        float v = __fmul_rn(w16, x16[(i * R + j) * 16 + r]);
+#pragma unroll
+                        for (int d = 8; d; d >>= 1)
+                            v += __shfl_xor_sync(~0u, v, d);
+                        if (r == 0)
+                            a.route_part[(j * w.n_tile + t) * a.n_expert + e0 + e] = v;
+                    }
+                }
+        });
 }
 
 /* ---- shared memory of each kernel, bytes; n_seg = columns / 64 / SEG ---- */
 
-template <class F> constexpr size_t dec_linear_smem(int n_seg, int n_embd) {
-    return (size_t)n_seg * dec_plan<F>::UNITS * dec_plan<F>::STAGES * F::CHUNK + 2 * 4 * DEC_WARPS * 64 + 64 +
-           n_embd * 2;
+template <class F, int R> constexpr size_t dec_linear_smem(int n_seg, int n_embd) {
+    return (size_t)n_seg * dec_plan<F>::UNITS * dec_plan<F>::STAGES * F::CHUNK + dec_sums_bytes<DEC_IN_GROUP, R> +
+           R * 64 + R * dec_ld(n_embd) * 2;
 }
-template <class F> constexpr size_t dec_out_smem(int n_seg, int n_col) {
-    return (size_t)n_seg * dec_plan<F>::OUT_UNITS * dec_plan<F>::OUT_STAGES * F::CHUNK + 2 * 2 * DEC_WARPS * 64 + 256 +
-           n_col * 2;
+template <class F, int R> constexpr size_t dec_out_smem(int n_seg) {
+    return (size_t)n_seg * dec_plan<F>::OUT_UNITS * dec_plan<F>::OUT_STAGES * F::CHUNK + dec_sums_bytes<2, R> +
+           R * 256 + n_seg * R * dec_ld(4 * 64) * 2;
 }
 
 #endif

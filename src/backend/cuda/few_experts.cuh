@@ -1,4 +1,4 @@
-/* backend/cuda/few_experts.cuh: the experts of a decode step of 2 to 8 rows. Every expert that a row has chosen is read
+/* backend/cuda/few_experts.cuh: the experts of a decode step of 3 to 8 rows. Every expert that a row has chosen is read
  * once; its products have a column for every row, of which those that chose it are kept. */
 #ifndef ORCD_BACKEND_CUDA_FEW_EXPERTS_CUH
 #define ORCD_BACKEND_CUDA_FEW_EXPERTS_CUH
@@ -35,54 +35,19 @@ struct few_list {
     }
 };
 
-struct few_tiles { /* consecutive tiles of the list: all tiles of the first expert, of the second, .. */
-    const dec_matrix &w;
-    const int *expert; /* the next tile's */
-    int64_t tile_bytes;
-    int tile;
-    __device__ __forceinline__ const uint8_t *next() {
-        const uint8_t *p = w.w + *expert * w.mat_bytes + tile * tile_bytes;
-        if (++tile == w.n_tile)
-            tile = 0, expert++;
-        return p;
-    }
-};
-
 template <int R> struct few_expert_plan { /* pieces of a third of a tile; groups: sums take the rest */
-    static constexpr int GROUP = R == 8 ? 2 : R == 2 ? 3 : 4;
+    static constexpr int GROUP = R == 8 ? 2 : 4;
     static constexpr int BIAS = 12 * R; /* tiles of a CTA whose biases are kept in shared memory; more are read late */
-    using pipe = dec_pipe<form_mxfp4, 3, 15, 3, R <= 2 ? 12 : 9>;
-};
-
-/* This CTA's tiles of the list: [first, first + n). */
-struct few_share {
-    int first, n;
-    __device__ __forceinline__ few_share(const few_list &list, const dec_matrix &w) {
-        first = dec_share(list.n * w.n_tile, blockIdx.x);
-        n = dec_share(list.n * w.n_tile, blockIdx.x + 1) - first;
-    }
-};
-
-/* A thread's place in the list: the tile of each group that it adds up. */
-struct few_cursor {
-    int k, e, tile; /* tile of the CTA's share, expert of the list, tile of the expert */
-    __device__ __forceinline__ few_cursor(const few_share &s, const dec_matrix &w, int i) : k(i) {
-        e = (s.first + i) / w.n_tile, tile = s.first + i - e * w.n_tile;
-    }
-    __device__ __forceinline__ void next(int n_tile, int by) {
-        k += by, tile += by;
-        if (tile >= n_tile)
-            tile -= n_tile, e++;
-    }
+    using pipe = dec_pipe<form_mxfp4, 3, 15, 3, 9>;
 };
 
 /* The biases of the CTA's tiles on their way to bias[tile][16] (shared). A tile has two halves of eight, `half` floats
  * apart; `mat` floats an expert. */
 template <int MAX>
-__device__ __forceinline__ void few_ask_bias(const few_list &list, const few_share &s, const dec_matrix &w, int mat,
+__device__ __forceinline__ void few_ask_bias(const few_list &list, const dec_range &s, const dec_matrix &w, int mat,
                                              int half, float *bias) {
     for (int i = threadIdx.x; w.bias && i < min(s.n, MAX) * 4; i += 15 * 32) {
-        const few_cursor c(s, w, i / 4);
+        const dec_cursor c(s, w, i / 4);
         const int per = half == 8 ? 16 : 8; /* floats from tile to tile */
         dec_async16(bias + i * 4,
                     w.bias + (int64_t)list.expert[c.e] * mat + c.tile * per + i % 4 / 2 * half + i % 2 * 4);
@@ -91,12 +56,13 @@ __device__ __forceinline__ void few_ask_bias(const few_list &list, const few_sha
 
 /* By the producer's warp, before the others know the list. */
 template <int EPL, class Pipe>
-__device__ __forceinline__ few_tiles few_begin(Pipe &pipe, few_list &list, const int32_t *id, int n_row,
-                                               const dec_matrix &w) {
+__device__ __forceinline__ dec_tiles_list few_begin(Pipe &pipe, few_list &list, const int32_t *id, int n_row,
+                                                    const dec_matrix &w) {
     list.make<EPL>(id, n_row);
-    const few_share s(list, w);
-    few_tiles tiles = {w, list.expert + s.first / w.n_tile, (int64_t)w.n_unit * form_mxfp4::CHUNK, s.first % w.n_tile};
-    pipe.n_piece = s.n * (15 / Pipe::WARPS);
+    const dec_range s(list.n, w);
+    dec_tiles_list tiles = {w, list.expert + s.first / w.n_tile, (int64_t)w.n_unit * form_mxfp4::CHUNK,
+                            s.first % w.n_tile};
+    pipe.n_piece = s.n * Pipe::PER_TILE;
     pipe.fill(tiles, pipe.refill(0));
     return tiles;
 }
@@ -139,7 +105,7 @@ __global__ void __launch_bounds__(ROW_THREADS, 1)
     pipe.open(ring, 0);
     if (warp == pipe.PRODUCER) {
         few_await(routed, (uint32_t)n_row);
-        few_tiles tiles = few_begin<EPL>(pipe, list, id, n_row, w);
+        dec_tiles_list tiles = few_begin<EPL>(pipe, list, id, n_row, w);
         __syncthreads();
         pipe.fill(tiles, INT32_MAX);
         return;
@@ -150,10 +116,10 @@ __global__ void __launch_bounds__(ROW_THREADS, 1)
     dec_x8<3> x;
     x.load(col < R ? in.x + col * in.ld + warp * 192 : NULL);
     __syncthreads();
-    const few_share s(list, w);
+    const dec_range s(list.n, w);
     few_ask_bias<plan::BIAS>(list, s, w, 2 * n_ff, n_ff, bias);
     const int i = tid / (8 * R), j = tid / 8 % R, r = tid % 8;
-    few_cursor at(s, w, i);
+    dec_cursor at(s, w, i);
     few_sum_tiles<G, R>(
         pipe, x, red, s.n, [](int) {},
         [&](const float *sums, int m) {
@@ -230,7 +196,7 @@ template <int EPL, int R> __global__ void __launch_bounds__(ROW_THREADS, 1) few_
     const int n_row = __ldcg(a.in.n);
     pipe.open(ring, 0);
     if (warp == pipe.PRODUCER) {
-        few_tiles tiles = few_begin<EPL>(pipe, list, a.id, n_row, w);
+        dec_tiles_list tiles = few_begin<EPL>(pipe, list, a.id, n_row, w);
         pdl_launch();
         pdl_wait();
         __syncthreads();
@@ -240,11 +206,11 @@ template <int EPL, int R> __global__ void __launch_bounds__(ROW_THREADS, 1) few_
         pdl_wait();
         a.in.reset();
         __syncthreads();
-        const few_share s(list, w);
+        const dec_range s(list.n, w);
         few_ask_bias<plan::BIAS>(list, s, w, w.n_tile * 16, 8, bias);
         const int i = tid / (16 * R), j = tid / 16 % R, r = tid % 16;
         int e = s.first / w.n_tile - 1, left = 1; /* tiles until the next expert */
-        few_cursor at(s, w, i);
+        dec_cursor at(s, w, i);
         dec_x8<3> x;
         few_sum_tiles<G, R>(
             pipe, x, red, s.n,

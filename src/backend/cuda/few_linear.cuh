@@ -1,4 +1,4 @@
-/* backend/cuda/few_linear.cuh: the dense products of a decode step of 2 to 8 rows: qkv + rope + KV write, and out +
+/* backend/cuda/few_linear.cuh: the dense products of a decode step of 3 to 8 rows: qkv + rope + KV write, and out +
  * router.
  *
  * As for one row, but norms stand at the end of the kernel before: when all of its CTAs have come to their end, one CTA
@@ -65,13 +65,12 @@ struct few_norm { /* of the row that a CTA finishes */
     }
 };
 
-/* Ring of dense weights, groups of tiles: sums grow with the rows. */
+/* Units per ring stage and stages. */
 template <class F, int R> struct few_plan {
-    static constexpr int UNITS = R == 8 ? 1 : dec_plan<F>::UNITS, STAGES = R == 8 ? 4 : dec_plan<F>::STAGES;
-    static constexpr int GROUP = R == 1 ? 4 : R == 2 ? 2 : 1;
+    static constexpr int UNITS = R == 8 ? 1 : 3, STAGES = R == 8 ? 4 : 2, OUT_UNITS = 2, OUT_STAGES = 2;
 };
 template <int R> struct few_plan<form_f16<1>, R> {
-    static constexpr int UNITS = 1, STAGES = R == 8 ? 2 : 3, GROUP = R == 1 ? 4 : R == 2 ? 2 : 1;
+    static constexpr int UNITS = 1, STAGES = R == 8 ? 2 : 3, OUT_UNITS = 1, OUT_STAGES = 3;
 };
 
 template <class F, int SEG, int R>
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(ROW_THREADS, 2)
     dec_carve c = {dec_shared};
     dec_feed<F, SEG, plan::UNITS, plan::STAGES> feed;
     uint8_t *ring = c.take(n_seg * feed.WARP_BYTES);
-    float *red = (float *)c.take(dec_sums_bytes<plan::GROUP, R>);
+    float *red = (float *)c.take(dec_sums_bytes<1, R>);
     const int first = dec_share(w.n_tile, blockIdx.x), n = dec_share(w.n_tile, blockIdx.x + 1) - first;
     dec_tiles_plain tile = {w.w + (int64_t)first * w.n_unit * F::CHUNK, (int64_t)w.n_unit * F::CHUNK};
     dec_qkv_epilogue<R> epi = {w, rope, kv, in.n, n_head, n_kv, q, bias, cs, at, early};
@@ -100,8 +99,8 @@ __global__ void __launch_bounds__(ROW_THREADS, 2)
     in.reset();
     dec_x8<SEG> x;
     x.load(active && row < R ? in.x + row * in.ld + warp * SEG * 64 : NULL);
-    dec_tiles<plan::GROUP, R>(feed, tile, x, red, n, active,
-                              [&](const float *sums, int i0, int m) { epi(sums, first + i0, i0, m, n_seg); });
+    dec_tiles<1, R>(feed, tile, x, red, n, active,
+                    [&](const float *sums, int i0, int m) { epi(sums, first + i0, i0, m, n_seg); });
 }
 
 /* logits[out][n_vocab] of the wanted rows. */
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(ROW_THREADS, 2)
     dec_carve c = {dec_shared};
     dec_feed<F, SEG, plan::UNITS, plan::STAGES> feed;
     uint8_t *ring = c.take(n_seg * feed.WARP_BYTES);
-    float *red = (float *)c.take(dec_sums_bytes<plan::GROUP, R>);
+    float *red = (float *)c.take(dec_sums_bytes<1, R>);
     const int first = dec_share(w.n_tile, blockIdx.x), n = dec_share(w.n_tile, blockIdx.x + 1) - first;
     dec_tiles_plain tile = {w.w + (int64_t)first * w.n_unit * F::CHUNK, (int64_t)w.n_unit * F::CHUNK};
     if (active) {
@@ -127,7 +126,7 @@ __global__ void __launch_bounds__(ROW_THREADS, 2)
     pdl_wait();
     dec_x8<SEG> x;
     x.load(from);
-    dec_tiles<plan::GROUP, R>(feed, tile, x, red, n, active, [&](const float *sums, int i0, int m) {
+    dec_tiles<1, R>(feed, tile, x, red, n, active, [&](const float *sums, int i0, int m) {
         const int row = (first + i0 + i) * 16 + r;
         if (i >= m || j >= n_out || row >= n_vocab)
             return;
@@ -151,10 +150,6 @@ struct few_out {
     int32_t *id; /* [FEW_MAX][DEC_TOP_K] */
     float *weight;
     uint32_t *routed; /* rows whose ids are there: gate_up asks for weights before the norms are done */
-};
-
-template <class F, int R> struct few_out_plan {
-    static constexpr int UNITS = dec_plan<F>::OUT_UNITS, STAGES = dec_plan<F>::OUT_STAGES, GROUP = 2;
 };
 
 /* What a tile's end needs and was settled long before this kernel, in shared memory. */
@@ -202,28 +197,30 @@ template <int EPL> __device__ __forceinline__ void few_route_row(const few_out &
     dec_route route = a.route;
     route.x = a.x + (int64_t)row * route.n_embd;
     route.part = a.route_part + (int64_t)row * route.n_part * EPL * 32;
-    float4 v[2];
-    int id[DEC_TOP_K];
-    float weight[DEC_TOP_K];
-    const float rs = dec_choose<EPL>(route, v, shared + 16, shared, id, weight);
-    if (threadIdx.x < DEC_TOP_K) {
-        a.id[row * DEC_TOP_K + threadIdx.x] = dec_pick(id, threadIdx.x);
-        a.weight[row * DEC_TOP_K + threadIdx.x] = dec_pick(weight, threadIdx.x);
+    dec_choice<EPL, 1> to;
+    to.early(route);
+    to.gather(route, shared);
+    if (threadIdx.x < 32) {
+        to.choose();
+        if (threadIdx.x < DEC_TOP_K) {
+            a.id[row * DEC_TOP_K + threadIdx.x] = to.of_lane(to.id);
+            a.weight[row * DEC_TOP_K + threadIdx.x] = to.of_lane(to.weight);
+        }
+        __syncwarp();
+        if (threadIdx.x == 0)
+            few_count(a.routed);
     }
-    __syncwarp();
-    if (threadIdx.x == 0)
-        few_count(a.routed);
-    a.norm.put(row, v, rs);
+    a.norm.put(row, to.v, to.rs[0]);
 }
 
 template <class F, int SEG, int EPL, int R>
 __global__ void __launch_bounds__(ROW_THREADS, 2) few_out_kernel(few_out a, dec_matrix w) {
-    using plan = few_out_plan<F, R>;
-    constexpr int G = plan::GROUP;
+    using plan = few_plan<F, R>;
+    constexpr int G = 2;
     const int tid = threadIdx.x, warp = tid / 32, row = tid % 32 / 4, n_seg = w.n_unit / SEG;
     const bool active = warp < n_seg;
     dec_carve c = {dec_shared};
-    dec_feed<F, SEG, plan::UNITS, plan::STAGES> feed;
+    dec_feed<F, SEG, plan::OUT_UNITS, plan::OUT_STAGES> feed;
     uint8_t *ring = c.take(n_seg * feed.WARP_BYTES);
     float *red = (float *)c.take(dec_sums_bytes<G, R>);
     float *xt = (float *)c.take(2 * G * R * 16 * 4);
@@ -272,12 +269,12 @@ __global__ void __launch_bounds__(ROW_THREADS, 2) few_out_kernel(few_out a, dec_
 
 template <class F, int R> constexpr size_t few_linear_smem(int n_seg) {
     using plan = few_plan<F, R>;
-    return (size_t)n_seg * plan::UNITS * plan::STAGES * F::CHUNK + dec_sums_bytes<plan::GROUP, R>;
+    return (size_t)n_seg * plan::UNITS * plan::STAGES * F::CHUNK + dec_sums_bytes<1, R>;
 }
 template <class F, int EPL, int R> constexpr size_t few_out_smem(int n_seg) {
-    using plan = few_out_plan<F, R>;
-    return (size_t)n_seg * plan::UNITS * plan::STAGES * F::CHUNK + dec_sums_bytes<plan::GROUP, R> +
-           2 * plan::GROUP * R * 64 + plan::GROUP * sizeof(few_settled<EPL, R>);
+    using plan = few_plan<F, R>;
+    return (size_t)n_seg * plan::OUT_UNITS * plan::OUT_STAGES * F::CHUNK + dec_sums_bytes<2, R> + 4 * R * 64 +
+           2 * sizeof(few_settled<EPL, R>);
 }
 
 #endif
