@@ -29,12 +29,6 @@ typedef form_f16<1> dense;
 typedef form_q8_0 dense;
 #endif
 typedef form_mxfp4 moe;
-#ifndef ATTN_GRID
-#define ATTN_GRID 132
-#endif
-#ifndef ATTN_GRID2
-#define ATTN_GRID2 132
-#endif
 
 #ifndef LAYERS
 #define LAYERS 24
@@ -156,37 +150,19 @@ static float *vec(size_t n, float lo, float hi, uint32_t seed) {
     return p;
 }
 
-// ---- begin: the sampled token's embedding, its position's rotation
+// ---- begin: a token's embedding, its position's rotation
 struct state {
     int32_t token, pos, step;
 };
-__global__ void __launch_bounds__(512) begin_kernel(state *st, const float2 *best, int n_best, const uint8_t *table,
-                                                    float *x, int32_t *pos_out, float2 *cs, int32_t *tokens) {
+__global__ void __launch_bounds__(512)
+    begin_kernel(state *st, const uint8_t *table, float *x, int32_t *pos_out, float2 *cs) {
     pdl_launch();
     pdl_wait();
     __shared__ int token;
-    if (threadIdx.x < 32) {
-        float top = -INFINITY;
-        int id = INT32_MAX;
-        for (int i = threadIdx.x; i < n_best; i += 32) {
-            float2 b = __ldcg(best + i);
-            int k = __float_as_int(b.y);
-            if (b.x > top || (b.x == top && k < id))
-                top = b.x, id = k;
-        }
-        for (int d = 16; d; d >>= 1) {
-            float t = __shfl_xor_sync(~0u, top, d);
-            int k = __shfl_xor_sync(~0u, id, d);
-            if (t > top || (t == top && k < id))
-                top = t, id = k;
-        }
-        if (threadIdx.x == 0) {
-            token = st->step ? id : st->token;
-            tokens[st->step & 1023] = token;
-            if (st->step)
-                st->pos++;
-            *pos_out = st->pos, st->step++;
-        }
+    if (threadIdx.x == 0) {
+        token = st->step ? hash(st->step, st->token) % VOCAB : st->token;
+        st->pos += st->step > 0;
+        *pos_out = st->pos, st->step++;
     }
     __syncthreads();
     if (threadIdx.x < 32) {
@@ -253,9 +229,9 @@ static layer L[N_LAYER];
 static dec_matrix head;
 static float *norm_out, *xa, *xb, *xe, *p, *route_part, *logits, *attn_part;
 static __half *q, *y, *h;
-static float2 *cs, *best;
+static float2 *cs;
 static state *st;
-static int32_t *pos, *table, *tokens;
+static int32_t *pos, *table;
 static uint32_t *arrived;
 static int32_t *slot;
 static uint8_t *kv, *embd, *c_qkv, *c_out, *c_gate, *c_up, *c_down, *c_head;
@@ -322,8 +298,7 @@ static void build() {
     route_part = dalloc<float>(EMBD / 16 * N_EXP);
     logits = dalloc<float>(VOCAB), attn_part = dalloc<float>((size_t)N_KV * 256 * 528);
     q = dalloc<__half>(ATT), y = dalloc<__half>(ATT), h = dalloc<__half>(4 * FF);
-    cs = dalloc<float2>(32), best = dalloc<float2>(1024), st = dalloc<state>(1), pos = dalloc<int32_t>(1),
-    table = dalloc<int32_t>(n_page), tokens = dalloc<int32_t>(1024);
+    cs = dalloc<float2>(32), st = dalloc<state>(1), pos = dalloc<int32_t>(1), table = dalloc<int32_t>(n_page);
     arrived = dalloc<uint32_t>(N_KV), slot = dalloc<int32_t>(1);
     CK(cudaMemset(slot, 0, 4));
     CK(cudaMemset(arrived, 0, N_KV * 4));
@@ -352,13 +327,12 @@ template <class... P, class... A> static void go(void (*k)(P...), int grid, int 
     c.attrs = &at, c.numAttrs = pdl;
     CK(cudaLaunchKernelEx(&c, k, P(a)...));
 }
-static int skip_mask = 0;
-static void k_begin() { go(begin_kernel, 1, 512, 0, st, best, sms, embd, xe, pos, cs, tokens); }
+static void k_begin() { go(begin_kernel, 1, 512, 0, st, embd, xe, pos, cs); }
 static void k_qkv(int l) {
-    dec_norm_in in = {l ? xb : xe, l ? p : 0, p + EMBD, xa, L[l].norm1, EPS, EMBD};
+    dec_norm_in in = {l ? xb : xe, l ? p : 0, xa, 0, L[l].norm1, EPS, EMBD};
     dec_kv k = {kv + l * LAYER_KV, PAGE, table, slot, n_page, NULL};
-    go(dec_qkv_kernel<dense, 3>, sms, 512, dec_linear_smem<dense>(15, EMBD), in, L[l].qkv, dec_rope{cs, pos}, k, N_HEAD,
-       N_KV, l > 0, q);
+    go(dec_qkv_kernel<dense, 3, 1>, sms, 512, dec_linear_smem<dense, 1>(15, EMBD), in, L[l].qkv, dec_rope{cs, pos}, k,
+       (const int32_t *)0, N_HEAD, N_KV, l > 0, q);
 }
 static void k_attn(int l) {
     dec_attn a = {q,
@@ -373,32 +347,29 @@ static void k_attn(int l) {
                   256,
                   arrived,
                   (uint16_t *)y};
-    go(dec_attention_kernel<__half, 1>, l % 2 ? ATTN_GRID : ATTN_GRID2, 256, DEC_ATTN_SMEM, a);
+    go(dec_attention_kernel<__half, 1>, sms, 256, DEC_ATTN_SMEM, a);
 }
 static void k_out(int l) {
     dec_out o = {(uint16_t *)y, l ? xa : xe, xb, L[l].router, route_part, N_EXP};
-    go(dec_out_kernel<dense, 4>, sms, 512, dec_out_smem<dense>(16, ATT), o, L[l].out);
+    go(dec_out_kernel<dense, 4, 1>, sms, 512, dec_out_smem<dense, 1>(16), o, L[l].out);
 }
+static dec_route route_of(int l) { return {xb, route_part, L[l].router_bias, EMBD / 16, EMBD, EPS}; }
 static void k_gate_up(int l) {
-    dec_route r = {xb, route_part, L[l].router_bias, EMBD / 16, EMBD, EPS};
-    go(dec_gate_up_kernel<moe, 1>, sms, 512, dec_gate_up_smem<moe>(EMBD), r, L[l].norm2, L[l].gate_up, ALPHA, LIMIT, h,
-       FF);
+    go(dec_gate_up_kernel<moe, 1, 1>, sms, 512, dec_gate_up_smem<moe, 1, 1>(EMBD), route_of(l), L[l].norm2,
+       L[l].gate_up, ALPHA, LIMIT, (uint16_t *)h, FF);
 }
 static void k_down(int l) {
-    dec_route r = {xb, route_part, L[l].router_bias, EMBD / 16, EMBD, EPS};
-    go(dec_down_kernel<moe, 1>, sms, 512, dec_down_smem<moe>(FF), r, L[l].down, h, FF, p);
+    go(dec_down_kernel<moe, 1, 1>, sms, 512, dec_down_smem<moe, 1, 1>(FF), route_of(l), L[l].down, (uint16_t *)h, FF,
+       p);
 }
 static void k_head() {
-    dec_norm_in in = {xb, p, p + EMBD, xa, norm_out, EPS, EMBD};
-    go(dec_head_kernel<dense, 3>, sms, 512, dec_linear_smem<dense>(15, EMBD), in, head, VOCAB, logits, best);
+    dec_norm_in in = {xb, p, xa, 0, norm_out, EPS, EMBD};
+    go(dec_head_kernel<dense, 3, 1>, sms, 512, dec_linear_smem<dense, 1>(15, EMBD), in, head, VOCAB, logits);
 }
 static void token() {
     k_begin();
     for (int l = 0; l < N_LAYER; l++) {
-        k_qkv(l);
-        if (!(skip_mask & 1))
-            k_attn(l);
-        k_out(l), k_gate_up(l), k_down(l);
+        k_qkv(l), k_attn(l), k_out(l), k_gate_up(l), k_down(l);
     }
     k_head();
 }
@@ -556,17 +527,6 @@ static void check(int at) {
     ref = linear<dense>(c_head, VOCAB, EMBD, normed(x2, norm_out));
     got = dbl(logits, VOCAB);
     compare("norm head", got, ref);
-    auto b = host(best, sms);
-    int id = -1, want = (int)(std::max_element(got.begin(), got.end()) - got.begin());
-    float top = -1e30f;
-    for (auto &v : b) {
-        int k;
-        memcpy(&k, &v.y, 4);
-        if (v.x > top)
-            top = v.x, id = k;
-    }
-    printf("  argmax %d, logits say %d %s\n", id, want, id == want ? "ok" : "WRONG");
-    all_ok = all_ok && id == want;
 }
 
 // ---- times
@@ -677,8 +637,7 @@ static void times() {
 }
 static void determinism() {
     cudaGraphExec_t x = record(token);
-    std::vector<int32_t> first;
-    std::vector<float> l0;
+    std::vector<float> first;
     int bad = 0;
     for (int r = 0; r < 4; r++) {
         if (r == 3)
@@ -687,16 +646,14 @@ static void determinism() {
         for (int i = 0; i < 40; i++)
             CK(cudaGraphLaunch(x, stream));
         CK(cudaStreamSynchronize(stream));
-        auto t = host(tokens, 40);
         auto l = host(logits, VOCAB);
         if (r == 0)
-            first = t, l0 = l;
+            first = l;
         else
-            bad += t != first || memcmp(l.data(), l0.data(), VOCAB * 4);
+            bad += memcmp(l.data(), first.data(), VOCAB * 4) != 0;
     }
-    printf("determinism: %s (tokens %d %d %d ..)\n",
-           bad ? "DIFFERS" : "same bits in 4 runs of 40 tokens, the last without dependent launch", first[1], first[2],
-           first[3]);
+    printf("determinism: %s\n",
+           bad ? "DIFFERS" : "same bits in 4 runs of 40 tokens, the last without dependent launch");
     all_ok = all_ok && !bad;
 }
 
