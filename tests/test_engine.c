@@ -281,6 +281,20 @@ static void memory__admission_waits_until_it_fits(void **state) {
     eng_close(e);
 }
 
+/* 8 full pages and 24 of windows leave two for the rows of a step. */
+static void memory__a_default_step_is_no_larger_than_the_kv_memory_carries(void **state) {
+    (void)state;
+    eng_params p = {.model = MINI, .n_ctx = 512, .max_batch = 8, .kv_bytes = 34 * page_bytes()};
+    eng *e = open_engine(p), *none = NULL;
+    orcd_error err;
+    assert_int_equal(eng_get_info(e)->chunk, 64);
+    eng_close(e);
+    p.device = device;
+    p.chunk = 256;
+    assert_int_equal(eng_open(&p, &none, &err), ORCD_ERR_NOMEM);
+    assert_null(none);
+}
+
 static void memory__answers_of_unknown_length_grow_and_the_youngest_give_way(void **state) {
     (void)state;
     job *const *want = open_ended_alone();
@@ -891,6 +905,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(close__ends_what_runs_and_waits),
         cmocka_unit_test(submit__refuses_what_is_out_of_range),
         cmocka_unit_test(memory__admission_waits_until_it_fits),
+        cmocka_unit_test(memory__a_default_step_is_no_larger_than_the_kv_memory_carries),
         cmocka_unit_test(memory__answers_of_unknown_length_grow_and_the_youngest_give_way),
         cmocka_unit_test(memory__those_who_gave_way_can_be_cancelled_and_expire),
         cmocka_unit_test(prefix__a_follow_up_computes_only_what_is_new),

@@ -6,7 +6,7 @@
 
 #define GIB (1024.0 * 1024.0 * 1024.0)
 #define MAX_ENTRIES 1024 /* of the prefix cache */
-#define AUTO_CTX 8192    /* experts leave the device so that at least this context fits */
+#define AUTO_CTX 8192    /* what experts leave the device for, and a default step is made smaller for */
 
 /* Prompt rows of a step on a GPU, as many as pay: their activations take at most this part of the memory there. */
 #define MOST_CHUNK 4096
@@ -42,6 +42,17 @@ static uint64_t least_kv(eng_plan *p, be_kv_spec *spec, int n_ctx) {
     p->least_full = one[BE_POOL_FULL];
     one[BE_POOL_WINDOW] = p->n_page[BE_POOL_WINDOW];
     return pages_bytes(p, one);
+}
+
+/* A step that nobody asked for is no larger than the KV memory that was asked for carries. */
+static void fit_chunk(const eng_params *prm, be_kv_spec *spec, eng_plan *p) {
+    for (;; p->chunk /= 2) {
+        p->max_rows = p->chunk + spec->n_slot - 1;
+        if (prm->chunk || !prm->kv_bytes || p->chunk <= BE_PAGE)
+            return;
+        if (least_kv(p, spec, prm->n_ctx ? prm->n_ctx : AUTO_CTX) <= prm->kv_bytes)
+            return;
+    }
 }
 
 static orcd_status too_large(const target *e, const eng_plan *p, uint64_t kv, orcd_error *err) {
@@ -183,10 +194,10 @@ orcd_status plan_make(const char *name, const arch *a, const mf_file *f, arch_co
     p->max_batch = spec->n_slot;
     p->window = longest(spec);
     p->expert_share = c->n_expert ? (double)c->n_expert_used / c->n_expert : 0;
-    p->max_rows = p->chunk + spec->n_slot - 1;
-    spec->max_tok = p->max_rows;
     for (int pool = 0; pool < BE_N_POOLS; pool++)
         p->page_bytes[pool] = ops->kv_page_bytes(dev, spec, pool);
+    fit_chunk(prm, spec, p);
+    spec->max_tok = p->max_rows;
     p->margin = ops->used ? 0 : p->available / 32;
     spec->n_ctx = prm->n_ctx ? prm->n_ctx : c->n_ctx;
     ORCD_TRY(place_experts(&e, prm, spec, p, err));
