@@ -13,7 +13,13 @@ static inline int32_t host_draw(samp *s, const be_sample *r, const float *logits
     static float bias[8192];
     samp_params p = SAMP_DEFAULTS;
     p.temperature = r->temperature, p.top_p = r->top_p, p.min_p = r->min_p, p.top_k = r->top_k, p.seed = r->seed;
-    samp_input in = {.logits = logits, .params = &p, .draw = r->draw, .seen = seen, .bias_id = bias_id, .bias = bias};
+    samp_input in = {.logits = logits,
+                     .params = &p,
+                     .draw = r->draw,
+                     .seen = seen,
+                     .bias_id = bias_id,
+                     .bias = bias,
+                     .mask = r->mask};
     if (r->given)
         return r->id;
     assert_true(r->n_edit <= 8192);

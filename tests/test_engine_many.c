@@ -31,7 +31,7 @@ static job *request(int i, int n_vocab, int32_t *prompt) {
         p->seed = (uint64_t)i;
         j->r.has_seed = true;
     }
-    if (i > n_request / 2 && i % 16 == 5) { /* drawn by the host: while one runs, no step is made ahead */
+    if (i > n_request / 2 && i % 16 == 5) { /* while one runs, no step is made ahead */
         memset(all, 0xff, sizeof all);
         j->mask = all;
         j->r.mask = mask;

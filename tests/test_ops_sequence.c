@@ -769,8 +769,9 @@ static void tap_shows_the_rows_of_its_moment(void **state) {
 enum { SAMPLE_ROWS = 96, SAMPLE_VOCAB = 5000, SAMPLE_WIDTH = 32 };
 
 /* Every fourth row greedy; the rest with each filter alone and all together; bias and penalties of few tokens and of
- * many, log-probabilities, and tokens that are given. */
+ * many, masks, log-probabilities, and tokens that are given. */
 static be_sample sample_of(int row, be_edit edit[SAMPLE_VOCAB]) {
+    static uint32_t mask[4][SAMPLE_VOCAB / 32 + 1]; /* a part, half, one, all */
     be_sample r = {.temperature = row % 4 ? 0.7f + 0.1f * (float)(row % 5) : 0,
                    .top_p = row % 3 ? 1 : 0.9f,
                    .min_p = row % 5 ? 0 : 0.05f,
@@ -778,6 +779,7 @@ static be_sample sample_of(int row, be_edit edit[SAMPLE_VOCAB]) {
                    .seed = 1234567 + (uint64_t)(row / 8),
                    .draw = (uint64_t)row,
                    .edit = edit,
+                   .mask = row % 5 == 3 || row % 16 == 4 ? mask[row / 2 % 4] : NULL,
                    .penalties = row / 2 % 3 == 1,
                    .repetition = row % 8 < 4 ? 1.5f : 1,
                    .presence = row % 7 ? 0.75f : -1.5f,
@@ -788,6 +790,12 @@ static be_sample sample_of(int row, be_edit edit[SAMPLE_VOCAB]) {
                    .n_top = row % 8 == 4   ? 0
                             : row % 8 == 5 ? 1
                                            : 20};
+    for (int w = 0; w < SAMPLE_VOCAB / 32 + 1; w++) {
+        mask[0][w] = w % 9 == 8 ? 0x80000401u : 0;
+        mask[1][w] = 0x5a5a5a5au;
+        mask[2][w] = w == 77 ? 1u << 19 : 0;
+        mask[3][w] = ~0u;
+    }
     int apart = row % 7 == 1 ? SAMPLE_VOCAB / 3 : row % 7 == 4 ? 2 : SAMPLE_VOCAB;
     for (int id = row % apart; id < SAMPLE_VOCAB && row % 5; id += apart)
         edit[r.n_edit++] =

@@ -168,8 +168,9 @@ typedef struct be_sample {
     float temperature; /* 0 = greedy */
     float top_p, min_p;
     int32_t top_k;
-    uint64_t seed, draw; /* Philox counter: draw-th number of the sequence */
-    const be_edit *edit; /* [n_edit], each id once */
+    uint64_t seed, draw;  /* Philox counter: draw-th number of the sequence */
+    const be_edit *edit;  /* [n_edit], each id once */
+    const uint32_t *mask; /* bitset of the ids that are allowed, NULL = all */
     int32_t n_edit;
     bool penalties; /* these three are applied. A row whose own token is BE_TOKEN_OF was not told of it: it is generated
                        once more than `edit` says */
@@ -248,7 +249,8 @@ struct be_ops {
     void (*moe)(be_step *s, const be_norm *n, const be_weight *router, int top_k, const be_weight *gate_up,
                 const be_weight *down, const be_glu *g, be_act *tmp, be_act *route, be_act *x);
 
-    /* optional device sampling: one id per output row, without a host round trip; -1 where a logit is not a number.
+    /* optional device sampling: one id per output row, without a host round trip; -1 where a logit is not a number
+     * or nothing is allowed.
      * `row` and what it points to stay valid until step_end returns. `sampled` waits for the oldest step with `sample`
      * that it has not answered for; at most two are open, so that the next step can be submitted first. `likely`, which
      * may be NULL, gets the rows that asked for it. Results are those of engine/sampler.h. */

@@ -138,13 +138,11 @@ void seq_free(seq *s);
 void seq_end(eng *e, seq *s, eng_stop why, const orcd_error *error);
 /* Tell on_prefill how much of the prompt is done, if it is more than it knows. */
 void seq_prefilled(eng *e, seq *s);
-/* True when only the host can sample: what is allowed depends on the token before. */
-static inline bool seq_draws_on_host(const seq *s) { return s->r.mask != NULL; }
 static inline int32_t seq_n_top(const eng *e, const seq *s) {
     return s->r.top_logprobs < e->cfg.n_vocab ? s->r.top_logprobs : e->cfg.n_vocab;
 }
-/* What a device needs to draw the token at position `next`, or to score the one that is there. */
-be_sample seq_sample(const eng *e, const seq *s, int32_t next, bool scores);
+/* What a device needs to draw the token at position `next`, or to score the one that is there; asks for the mask. */
+be_sample seq_sample(eng *e, const seq *s, int32_t next, bool scores);
 /* True when nothing but the largest logit decides, and nothing else is told. */
 bool seq_wants_best(const seq *s);
 /* Draw the next token from the last row's logits. */

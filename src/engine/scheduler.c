@@ -345,8 +345,9 @@ static void lay_out_outputs(eng *e, seq *s, be_batch *b, flight *f) {
         bool scores = seq_scores(s) && next < (int32_t)s->r.n_prompt;
         if (!scores && (k < s->rows - 1 || s->rows < seq_pending(s)))
             continue;
-        e->sample[b->n_out] = seq_sample(e, s, next, scores);
-        f->likely |= e->sample[b->n_out].likely;
+        if (e->dev->ops->sample)
+            e->sample[b->n_out] = seq_sample(e, s, next, scores);
+        f->likely |= s->r.top_logprobs >= 0;
         b->best &= !scores && seq_wants_best(s);
         f->seq[b->n_out] = s;
         f->score[b->n_out] = scores ? next : 0;
@@ -483,7 +484,7 @@ static bool next_token(eng *e, seq *s, const be_act *act, int k, const int32_t *
     be_likely own, *likely = s->r.top_logprobs >= 0 ? &e->likely[k] : NULL;
     int32_t drawn = -1;
     *why = ENG_STOP_ERROR;
-    if (id && !seq_draws_on_host(s)) {
+    if (id) {
         drawn = *id;
     } else {
         if (logits_row(e, act, k, &logits, err) != ORCD_OK || seq_draw(e, s, logits, &drawn, err) != ORCD_OK)
@@ -546,10 +547,10 @@ static void collect(eng *e) {
         fail_step(e, &err);
 }
 
-/* Nothing that the host must see before the next step can be made. */
+/* Nothing that the host must see before the next step can be made: a mask depends on the token before. */
 static bool can_run_ahead(const eng *e) {
     for (int i = 0; i < e->n_running; i++)
-        if (seq_draws_on_host(e->order[i]))
+        if (e->order[i]->r.mask)
             return false;
     return true;
 }

@@ -199,6 +199,7 @@ struct cuda_step {
     int group;        /* query heads that share a KV head, at most */
     orcd_error error; /* of recording; code ORCD_OK = none */
     const be_sample *sample;
+    int n_mask; /* words of a mask of its rows */
 };
 
 #define CUDA_N_FREQ 8
@@ -210,6 +211,7 @@ struct cuda_staging { /* pinned; free again once `done` has passed */
 };
 
 #define CUDA_SAMPLE_PARTS 64
+#define CUDA_MASK_WORDS 8192
 #define CUDA_MAX_EXPERT 1024
 #define CUDA_ROUTE_ROWS 64 /* steps of more rows route several rows a block where cuda_routes_many */
 #define CUDA_ROUTE_EXPERTS 128

@@ -5,7 +5,7 @@
  * many blocks there are; top-k and top-p look for the last value kept in the order (larger value, lower id), first its
  * bucket of a histogram, then its part of that bucket, then itself among what is in there. The draw is
  * Philox(seed, draw) against the kept weights in order of id. Before it log-probabilities take what they are made of,
- * then bias and penalties change the logits, until the draw is done. */
+ * then bias and penalties change the logits, until the draw is done; a mask leaves ids out. */
 #include <cooperative_groups.h>
 
 #include "backend/cuda/cuda.h"
@@ -120,23 +120,26 @@ struct draw_state { /* of one block, in shared memory */
     unsigned long long bucket[N_BUCKET];
     uint64_t list[N_LIST];
     uint64_t chunk[DRAW_THREADS], part[32], cut, sum;
-    int n_list, where, changed; /* changed: a token that is in no edit, else -1 */
-    float was;                  /* its logit */
+    int n_list, where, changed;     /* changed: a token that is in no edit, else -1 */
+    float was;                      /* its logit */
+    uint32_t mask[CUDA_MASK_WORDS]; /* of this block's share */
 };
 
 struct draw_row {
     const float *x;
-    int n, from, to; /* this block's share of the n values */
+    int n, per, from, to; /* this block's share of the n values: whole chunks of `per`, from a multiple of 32 on */
     float max, inv_t, min_p;
-    uint64_t cut; /* orders below it are out */
+    uint64_t cut;         /* orders below it are out */
+    const uint32_t *mask; /* of the share; NULL = all are allowed */
 
     __device__ uint64_t weight(float v) const {
         const float w = expf((v - max) * inv_t);
         return w >= min_p ? (uint64_t)(w * 1099511627776.f) : 0;
     }
+    __device__ bool allows(int i) const { return !mask || mask[(i - from) / 32] >> (i % 32) & 1; }
     /* What element i, which is v, adds: its weight, or one; 0 when it is out. */
     __device__ uint64_t value(int i, float v, bool mass) const {
-        if (order_of(v, i) < cut)
+        if (order_of(v, i) < cut || !allows(i))
             return 0;
         return mass ? weight(v) : 1;
     }
@@ -223,6 +226,8 @@ static __device__ uint64_t select_cut(draw_state *s, const draw_row &r, int k, f
             target = (uint64_t)((double)all * share);
             target = target ? target : 1;
         }
+        if (level == 0 && all < target) /* a mask leaves fewer */
+            return 0;
         if (before < target && target <= before + own) {
             const bool second = before + low < target;
             s->where = 2 * tid + second;
@@ -400,10 +405,16 @@ static __device__ void take_back(const draw_state *s, float *x, const be_sample 
     __syncthreads();
 }
 
+static __device__ const uint32_t *take_mask(draw_state *s, const draw_row &r, const uint32_t *mask) {
+    for (int w = threadIdx.x; w < (r.to - r.from + 31) / 32; w += DRAW_THREADS)
+        s->mask[w] = mask[r.from / 32 + w];
+    return s->mask;
+}
+
 static __device__ uint64_t best_of_row(draw_state *s, const draw_row &r) {
     uint64_t top = 0;
     r.each<DRAW_THREADS>(r.from + threadIdx.x, r.to, [&](int i, float x) {
-        const uint64_t o = order_of(x, i);
+        const uint64_t o = r.allows(i) ? order_of(x, i) : 0;
         top = o > top ? o : top;
     });
     top = max_of_block(top, s->part);
@@ -420,12 +431,12 @@ static __device__ uint64_t best_of_row(draw_state *s, const draw_row &r) {
 
 /* ---- the draw ---- */
 
-/* The first block's s->chunk: sums of the kept weights of `per` consecutive ids each. */
-static __device__ void sum_chunks(draw_state *s, const draw_row &r, int per) {
-    const int lane = threadIdx.x % 32, n_warp = DRAW_THREADS / 32;
-    for (int c = blockIdx.x * n_warp + threadIdx.x / 32; c < DRAW_THREADS; c += gridDim.x * n_warp) {
+/* The first block's s->chunk: sums of the kept weights of r.per consecutive ids each. */
+static __device__ void sum_chunks(draw_state *s, const draw_row &r) {
+    const int lane = threadIdx.x % 32, n_warp = DRAW_THREADS / 32, n = DRAW_THREADS / gridDim.x, first = blockIdx.x * n;
+    for (int c = first + threadIdx.x / 32; c < first + n; c += n_warp) {
         uint64_t sum = 0;
-        r.each<32>(c * per + lane, min(r.n, (c + 1) * per), [&](int i, float v) { sum += r.value(i, v, true); });
+        r.each<32>(c * r.per + lane, min(r.n, (c + 1) * r.per), [&](int i, float v) { sum += r.value(i, v, true); });
 #pragma unroll
         for (int d = 16; d; d >>= 1)
             sum += __shfl_xor_sync(~0u, sum, d);
@@ -436,7 +447,7 @@ static __device__ void sum_chunks(draw_state *s, const draw_row &r, int per) {
 }
 
 /* By one block: the first id, in order, whose weight and those before it exceed the number drawn. */
-static __device__ int draw_among(draw_state *s, const draw_row &r, int per, const be_sample &p) {
+static __device__ int draw_among(draw_state *s, draw_row r, const be_sample &p) {
     const int tid = threadIdx.x;
     uint32_t w[4];
     uint64_t sum, own = s->chunk[tid], before = sum_before(own, s->part, &sum);
@@ -449,8 +460,11 @@ static __device__ int draw_among(draw_state *s, const draw_row &r, int per, cons
         s->sum = before;
     }
     __syncthreads();
-    const int first = s->where * per, end = min(r.n, first + per);
+    const int first = s->where * r.per, end = min(r.n, first + r.per), owner = s->where / (DRAW_THREADS / gridDim.x);
     goal -= s->sum;
+    if (r.mask)
+        r.mask = of_block(s->mask, owner);
+    r.from = owner * (DRAW_THREADS / gridDim.x) * r.per;
     for (int i = first; i < end; i += DRAW_THREADS) {
         own = i + tid < end ? r.value(i + tid, r.x[i + tid], true) : 0;
         before = sum_before(own, s->part, &sum);
@@ -475,9 +489,8 @@ static __device__ int draw(draw_state *s, draw_row &r, const be_sample &p, uint6
     if (p.top_p < 1.f)
         r.cut = select_cut(s, r, 0, p.top_p);
     r.min_p = p.min_p;
-    const int per = (r.n + DRAW_THREADS - 1) / DRAW_THREADS;
-    sum_chunks(s, r, per);
-    return blockIdx.x ? -1 : draw_among(s, r, per, p);
+    sum_chunks(s, r);
+    return blockIdx.x ? -1 : draw_among(s, r, p);
 }
 
 static __global__ __launch_bounds__(DRAW_THREADS) void draw_kernel(cuda_arrays a, float *logits, int n,
@@ -492,25 +505,30 @@ static __global__ __launch_bounds__(DRAW_THREADS) void draw_kernel(cuda_arrays a
         return;
     const be_sample p = a.sample[row];
     uint64_t top = max_of_block(tid < CUDA_SAMPLE_PARTS ? best[row * CUDA_SAMPLE_PARTS + tid] : 0, s->part);
-    const int share = (n + gridDim.x - 1) / gridDim.x, from = min(n, (int)blockIdx.x * share);
+    const int per = (n + DRAW_THREADS - 1) / DRAW_THREADS, share = per * (DRAW_THREADS / gridDim.x);
+    const int from = min(n, (int)blockIdx.x * share);
     float *x = logits + (int64_t)row * n;
-    draw_row r = {x, n, from, min(n, from + share), value_of(top), 0, 0, 0};
+    draw_row r = {x, n, per, from, min(n, from + share), value_of(top), 0, 0, 0, NULL};
     const bool likely = p.likely && isfinite(r.max);
     if (likely)
         tell_likely(s, r, p.n_top, &a.likely[at]);
     int id = isfinite(r.max) ? p.id : -1;
     if (!p.given) {
         const int unseen = p.penalties ? a.unseen[row] : -1;
-        const bool edits = isfinite(r.max) && (p.n_edit > 0 || unseen >= 0);
-        if (edits) {
-            if (blockIdx.x == 0)
-                edit(s, x, p, unseen);
+        const bool edits = isfinite(r.max) && (p.n_edit > 0 || unseen >= 0), masked = isfinite(r.max) && p.mask;
+        if (edits && blockIdx.x == 0)
+            edit(s, x, p, unseen);
+        if (masked)
+            r.mask = take_mask(s, r, p.mask);
+        if (edits || masked) {
             row_sync();
             top = best_of_row(s, r);
         }
         id = draw(s, r, p, top);
         if (edits && blockIdx.x == 0)
             take_back(s, x, p);
+        if (masked)
+            row_sync(); /* the first block has read the others' masks */
     }
     if (blockIdx.x == 0 && tid == 0) {
         a.id[row] = a.host_id[at] = id;
@@ -533,6 +551,8 @@ void cuda_run_sample(cuda_run *r, const cuda_cmd *c) {
     uint64_t *best = r->dev->scratch.best;
     cuda_launch(r, best_kernel, dim3(CUDA_SAMPLE_PARTS, rows), dim3(256), 0, r->dev->arr, (const float *)c->x->f32, n,
                 best);
+    if (r->error == cudaSuccess)
+        r->error = cudaFuncSetAttribute(draw_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(draw_state));
     cuda_launch_clusters(r, draw_kernel, dim3(blocks, rows), blocks, dim3(DRAW_THREADS), sizeof(draw_state),
                          r->dev->arr, c->x->f32, n, (const uint64_t *)best);
 }

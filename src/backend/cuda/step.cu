@@ -258,6 +258,11 @@ void cuda_sample(be_step *base, const be_act *logits, const be_sample *row) {
     c->x = (cuda_act *)logits;
     s->samples = true;
     s->sample = row;
+    s->n_mask = (int)(logits->width + 31) / 32;
+    for (int i = 0; i < base->batch.n_out; i++)
+        if (row[i].mask && s->n_mask > CUDA_MASK_WORDS)
+            orcd_fail(&s->error, ORCD_ERR_LIMIT, "a mask over a vocabulary of %lld; cuda takes at most %d",
+                      (long long)logits->width, 32 * CUDA_MASK_WORDS);
 }
 
 /* ---- the upload: one block of words in pinned host memory, fetched and spread by the step's first kernel: a copy
@@ -368,16 +373,39 @@ static int reach_of(const be_batch *b) {
     return reach;
 }
 
+/* Words of the lists that samples point to. */
+static size_t list_words(const cuda_step *s) {
+    size_t n = 0;
+    for (int i = 0; s->samples && i < s->base.batch.n_out; i++)
+        n += (size_t)s->sample[i].n_edit * (sizeof(be_edit) / 4) + (s->sample[i].mask ? (size_t)s->n_mask : 0);
+    return n;
+}
+
+/* They follow the upload and are used where they are, in host memory. */
+static void put_lists(const cuda_step *s, be_sample *sample, int32_t *at) {
+    const int n = s->samples ? s->base.batch.n_out : 0;
+    for (int i = 0; i < n; i++) {
+        const size_t words = (size_t)sample[i].n_edit * (sizeof(be_edit) / 4);
+        if (words)
+            memcpy(at, sample[i].edit, words * 4);
+        sample[i].edit = (const be_edit *)at;
+        at += words;
+    }
+    for (int i = 0; i < n; i++) {
+        if (!sample[i].mask)
+            continue;
+        memcpy(at, sample[i].mask, (size_t)s->n_mask * 4);
+        sample[i].mask = (const uint32_t *)at;
+        at += s->n_mask;
+    }
+}
+
 /* n_word: how long the upload is. */
 static orcd_status fill_upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, int *n_word, orcd_error *err) {
     const be_batch *b = &s->base.batch;
     cuda_kv *kv = (cuda_kv *)s->base.kv;
     const int n_map = kv ? kv->n_map : 0, tok = b->n_tok;
-    const int32_t outs = s->samples ? b->n_out : 0;
-    size_t edits = 0;
-    for (int32_t i = 0; i < outs; i++)
-        edits += (size_t)s->sample[i].n_edit;
-    const size_t words = upload_words(tok, b->n_out, (size_t)n_map * 3 + edits * sizeof(be_edit) / 4);
+    const size_t words = upload_words(tok, b->n_out, (size_t)n_map * 3 + list_words(s));
     int32_t *host = NULL;
     ORCD_TRY(staging(d, words, &host, err));
     cuda_batch *h = (cuda_batch *)host;
@@ -417,12 +445,7 @@ static orcd_status fill_upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, int
     }
     at += 3 * n_map;
     *n_word = at;
-    be_edit *edit = (be_edit *)(host + (at + 3) / 4 * 4); /* used where they are, in host memory */
-    for (int32_t i = 0; i < outs; edit += sample[i++].n_edit) {
-        if (sample[i].n_edit)
-            memcpy(edit, sample[i].edit, (size_t)sample[i].n_edit * sizeof *edit);
-        sample[i].edit = edit;
-    }
+    put_lists(s, sample, host + (at + 3) / 4 * 4);
     *shape = {tok > GRAPH_MAX_ROWS ? tok : bucket(tok), tok > GRAPH_MAX_ROWS ? b->n_out : bucket(b->n_out),
               h->n_one ? reach : 1, bucket(h->n_one), bucket(h->n_tile)};
     h->id_part = (d->id_first + d->n_id_open) % 2;
