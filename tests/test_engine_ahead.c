@@ -4,19 +4,22 @@
 
 static be_ops faulty;
 static const be_ops *sound;
-static orcd_status fault;
+static orcd_status fault, fault_allow;
 
 static struct {
     samp *samp;
     const be_act *logits;
-    const be_sample *row;
+    be_sample row[64]; /* with their own copies of what they point to */
+    be_edit edit[64][512];
     int32_t token[256], last[64], unseen[64], id[2][64];
     be_likely likely[2][64];
     int n_out, n_id[2], n_open, most_open, nan_at;
+    bool waits; /* for dev_allow */
 } dev;
 
 static orcd_status dev_begin(be_device *d, be_kv *kv, const be_batch *b, be_step **out, orcd_error *err) {
     be_batch known = *b;
+    assert_false(dev.waits);
     for (int i = 0; i < b->n_tok; i++)
         dev.token[i] = b->token[i] < 0 ? dev.last[-1 - b->token[i]] : b->token[i];
     for (int k = 0; k < b->n_out; k++)
@@ -30,16 +33,17 @@ static orcd_status dev_begin(be_device *d, be_kv *kv, const be_batch *b, be_step
 static void dev_sample(be_step *s, const be_act *logits, const be_sample *row) {
     (void)s;
     dev.logits = logits;
-    dev.row = row;
+    for (int k = 0; k < dev.n_out; k++) {
+        assert_true(row[k].n_edit <= 512);
+        dev.row[k] = row[k];
+        dev.row[k].edit = dev.edit[k];
+        if (row[k].n_edit)
+            memcpy(dev.edit[k], row[k].edit, (size_t)row[k].n_edit * sizeof *row[k].edit);
+        dev.waits |= row[k].masked;
+    }
 }
 
-static orcd_status dev_end(be_step *s, orcd_error *err) {
-    be_device *d = s->dev;
-    orcd_status st = sound->step_end(s, err);
-    if (st != ORCD_OK || fault != ORCD_OK)
-        return st != ORCD_OK ? st : orcd_fail(err, fault, "injected");
-    if (!dev.logits)
-        return ORCD_OK;
+static void draw(be_device *d) {
     assert_true(dev.n_open < 2);
     for (int k = 0; k < dev.n_out; k++) {
         const be_sample *r = &dev.row[k];
@@ -51,6 +55,28 @@ static orcd_status dev_end(be_step *s, orcd_error *err) {
     }
     dev.n_id[dev.n_open++] = dev.n_out;
     dev.most_open = dev.n_open > dev.most_open ? dev.n_open : dev.most_open;
+}
+
+static orcd_status dev_end(be_step *s, orcd_error *err) {
+    be_device *d = s->dev;
+    orcd_status st = sound->step_end(s, err);
+    if (st != ORCD_OK || fault != ORCD_OK) {
+        dev.waits = false;
+        return st != ORCD_OK ? st : orcd_fail(err, fault, "injected");
+    }
+    if (dev.logits && !dev.waits)
+        draw(d);
+    return ORCD_OK;
+}
+
+static orcd_status dev_allow(be_device *d, const be_sample *row, orcd_error *err) {
+    assert_true(dev.waits);
+    dev.waits = false;
+    for (int k = 0; k < dev.n_out; k++)
+        dev.row[k].mask = row[k].masked ? row[k].mask : NULL;
+    if (fault_allow != ORCD_OK)
+        return orcd_fail(err, fault_allow, "injected");
+    draw(d);
     return ORCD_OK;
 }
 
@@ -71,12 +97,13 @@ static eng *sampling_device(eng *e) {
     orcd_error err;
     memset(&dev, 0, sizeof dev);
     assert_int_equal(samp_open(512, &dev.samp, &err), ORCD_OK);
-    fault = ORCD_OK;
+    fault = fault_allow = ORCD_OK;
     sound = e->dev->ops;
     faulty = *sound;
     faulty.step_begin = dev_begin;
     faulty.step_end = dev_end;
     faulty.sample = dev_sample;
+    faulty.allow = dev_allow;
     faulty.sampled = dev_sampled;
     e->dev->ops = &faulty;
     return e;
@@ -96,7 +123,6 @@ static job *eventful_job(int i, int32_t prompt[400]) {
     static const int32_t forced[] = {7, 300, 7};
     static const uint32_t bias_id[] = {9, 300, 4, 9};
     static const float bias[] = {3, 1, -100, 0.5f};
-    static const uint32_t some[512 / 32] = {0xfffffff0, 0xffff, 0, 0xff00ff00};
     job *j = mixed_job(i, prompt);
     samp_params *p = &j->r.sampling;
     if (i % 5 == 1) {
@@ -119,8 +145,8 @@ static job *eventful_job(int i, int32_t prompt[400]) {
         p->repetition_penalty = i % 2 ? 1.3f : 0.8f;
     if (i % 8 >= 5)
         p->presence_penalty = i % 8 == 6 ? -2 : 0.5f, p->frequency_penalty = i % 8 == 6 ? -2 : 0.25f;
-    if (i < 12 && i % 4 == 3) /* the rest never needs the host before the next step */
-        j->mask = some, j->r.mask = mask;
+    if (i % 4 == 3)
+        j->r.mask = mask_by_last;
     return j;
 }
 
@@ -218,6 +244,13 @@ static void ahead__a_bad_logit_or_step_ends_its_request(void **state) {
     assert_int_equal(j->result.error.code, ORCD_ERR_NOMEM);
     free_job(j);
     fault = ORCD_OK;
+    fault_allow = ORCD_ERR_NOMEM;
+    j = new_job(prompt, 5, 50);
+    j->r.mask = mask_by_last;
+    wait_for(submit(e, j));
+    assert_int_equal(j->result.error.code, ORCD_ERR_NOMEM);
+    free_job(j);
+    fault_allow = ORCD_OK;
     j = wait_for(submit(e, new_job(prompt, 5, 50)));
     assert_int_equal(j->n_out, 50);
     free_job(j);

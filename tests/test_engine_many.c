@@ -16,7 +16,6 @@ static int n_request, at_once, most_prompt, most_new;
 static job *request(int i, int n_vocab, int32_t *prompt) {
     static const uint32_t bias_id[] = {9, 300, 4};
     static const float bias[] = {3, -100, 1};
-    static uint32_t all[1 << 14];
     uint64_t rng = 1000 + (uint64_t)i, group = (uint64_t)(i / 3 % GROUPS);
     int n = 1 + (int)t_below(&rng, (uint64_t)most_prompt), n_shared = i % 3 ? 0 : (int)t_below(&rng, (uint64_t)n);
     for (int k = 0; k < n; k++)
@@ -31,11 +30,8 @@ static job *request(int i, int n_vocab, int32_t *prompt) {
         p->seed = (uint64_t)i;
         j->r.has_seed = true;
     }
-    if (i > n_request / 2 && i % 16 == 5) { /* while one runs, no step is made ahead */
-        memset(all, 0xff, sizeof all);
-        j->mask = all;
-        j->r.mask = mask;
-    }
+    if (i > n_request / 2 && i % 8 == 5)
+        j->r.mask = mask_by_last;
     if (i % 8 == 2)
         p->repetition_penalty = 1.2f;
     if (i % 8 == 3)

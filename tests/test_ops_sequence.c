@@ -779,7 +779,8 @@ static be_sample sample_of(int row, be_edit edit[SAMPLE_VOCAB]) {
                    .seed = 1234567 + (uint64_t)(row / 8),
                    .draw = (uint64_t)row,
                    .edit = edit,
-                   .mask = row % 5 == 3 || row % 16 == 4 ? mask[row / 2 % 4] : NULL,
+                   .masked = row % 5 == 3 || row % 16 == 4,
+                   .mask = row % 5 == 3 ? mask[row / 2 % 4] : NULL,
                    .penalties = row / 2 % 3 == 1,
                    .repetition = row % 8 < 4 ? 1.5f : 1,
                    .presence = row % 7 ? 0.75f : -1.5f,
@@ -835,6 +836,11 @@ static void draw_step(drawing *d, op_batch *batch, const be_sample *row, int32_t
     be_linear(s, d->head, d->in, d->logits, BE_EPI_NONE);
     d->b.ops->sample(s, d->logits, row);
     op_end(&d->b, s);
+    for (int i = 0; i < batch->b.n_out; i++)
+        if (row[i].masked) {
+            OP_OK(d->b.ops->allow(d->b.dev, row, &err_));
+            break;
+        }
     OP_OK(d->b.ops->sampled(d->b.dev, id, likely, &err_));
 }
 

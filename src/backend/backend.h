@@ -170,8 +170,9 @@ typedef struct be_sample {
     int32_t top_k;
     uint64_t seed, draw;  /* Philox counter: draw-th number of the sequence */
     const be_edit *edit;  /* [n_edit], each id once */
-    const uint32_t *mask; /* bitset of the ids that are allowed, NULL = all */
+    const uint32_t *mask; /* only with `masked`: bitset of the ids that are allowed, NULL = all; told by `allow` */
     int32_t n_edit;
+    bool masked;
     bool penalties; /* these three are applied. A row whose own token is BE_TOKEN_OF was not told of it: it is generated
                        once more than `edit` says */
     float repetition, presence, frequency;
@@ -253,8 +254,11 @@ struct be_ops {
      * or nothing is allowed.
      * `row` and what it points to stay valid until step_end returns. `sampled` waits for the oldest step with `sample`
      * that it has not answered for; at most two are open, so that the next step can be submitted first. `likely`, which
-     * may be NULL, gets the rows that asked for it. Results are those of engine/sampler.h. */
+     * may be NULL, gets the rows that asked for it. Results are those of engine/sampler.h.
+     * What is allowed may depend on a token that the host has yet to see: a step with `masked` rows is drawn when
+     * `allow` is called, after its step_end and before the next step_begin, with the same rows and their masks. */
     void (*sample)(be_step *s, const be_act *logits, const be_sample *row /* [n_out] */);
+    orcd_status (*allow)(be_device *d, const be_sample *row /* [n_out] */, orcd_error *err);
     orcd_status (*sampled)(be_device *d, int32_t *id /* [n_out of that step] */, be_likely *likely /* [n_out] */,
                            orcd_error *err);
 

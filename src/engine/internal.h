@@ -23,7 +23,7 @@ typedef struct flight {
     seq **seq;      /* [max_batch]: of each output row; NULL = the token is of no use any more */
     int32_t *score; /* [max_batch]: 0, or the prompt's position whose log-probability the row gives, and no token */
     be_act *logits;
-    bool likely; /* a row asks for log-probabilities */
+    bool likely, masked; /* a row asks for log-probabilities, has a mask */
     int n_decode, n_prefill;
     double t_submit;
 } flight;
@@ -141,10 +141,12 @@ void seq_prefilled(eng *e, seq *s);
 static inline int32_t seq_n_top(const eng *e, const seq *s) {
     return s->r.top_logprobs < e->cfg.n_vocab ? s->r.top_logprobs : e->cfg.n_vocab;
 }
-/* What a device needs to draw the token at position `next`, or to score the one that is there; asks for the mask. */
-be_sample seq_sample(eng *e, const seq *s, int32_t next, bool scores);
+/* What a device needs to draw the token at position `next`, or to score the one that is there; not the mask. */
+be_sample seq_sample(const eng *e, const seq *s, int32_t next, bool scores);
 /* True when nothing but the largest logit decides, and nothing else is told. */
 bool seq_wants_best(const seq *s);
+/* What may follow the tokens known; NULL = everything. */
+const uint32_t *seq_mask(eng *e, const seq *s);
 /* Draw the next token from the last row's logits. */
 orcd_status seq_draw(eng *e, const seq *s, const float *logits, int32_t *id, orcd_error *err) ORCD_MUST_USE;
 /* Tokens of the prompt that on_prompt still waits for. */

@@ -345,9 +345,9 @@ static void lay_out_outputs(eng *e, seq *s, be_batch *b, flight *f) {
         bool scores = seq_scores(s) && next < (int32_t)s->r.n_prompt;
         if (!scores && (k < s->rows - 1 || s->rows < seq_pending(s)))
             continue;
-        if (e->dev->ops->sample)
-            e->sample[b->n_out] = seq_sample(e, s, next, scores);
-        f->likely |= s->r.top_logprobs >= 0;
+        e->sample[b->n_out] = seq_sample(e, s, next, scores);
+        f->likely |= e->sample[b->n_out].likely;
+        f->masked |= e->sample[b->n_out].masked;
         b->best &= !scores && seq_wants_best(s);
         f->seq[b->n_out] = s;
         f->score[b->n_out] = scores ? next : 0;
@@ -359,7 +359,7 @@ static void lay_out_outputs(eng *e, seq *s, be_batch *b, flight *f) {
 static void lay_out(eng *e, be_batch *b, flight *f) {
     *b = (be_batch){.token = e->row_token, .pos = e->row_pos, .slot = e->row_slot, .out_row = e->out_row, .best = true};
     f->n_out = f->n_decode = f->n_prefill = 0;
-    f->likely = false;
+    f->likely = f->masked = false;
     for (int i = 0; i < e->n_running; i++) {
         seq *s = e->order[i];
         if (s->rows && !kv_extend(&e->kv, s->slot, s->n_fed + s->rows)) {
@@ -547,23 +547,17 @@ static void collect(eng *e) {
         fail_step(e, &err);
 }
 
-/* Nothing that the host must see before the next step can be made: a mask depends on the token before. */
-static bool can_run_ahead(const eng *e) {
-    for (int i = 0; i < e->n_running; i++)
-        if (e->order[i]->r.mask)
-            return false;
-    return true;
+/* The tokens before the rows of f are known: tell the device what may follow them, and let it draw. */
+static orcd_status allow(eng *e, const flight *f, orcd_error *err) {
+    for (int k = 0; k < f->n_out; k++)
+        e->sample[k].mask = f->seq[k] && e->sample[k].masked ? seq_mask(e, f->seq[k]) : NULL;
+    return e->dev->ops->allow(e->dev, e->sample, err);
 }
 
 static void step(eng *e) {
     be_batch b;
     orcd_error err;
-    bool device = e->dev->ops->sample != NULL, ahead = device && can_run_ahead(e);
     flight *f = &e->flight[e->open == &e->flight[0]];
-    if (e->open && !ahead) {
-        collect(e);
-        return;
-    }
     share_out(e);
     make_room(e);
     lay_out(e, &b, f);
@@ -572,7 +566,7 @@ static void step(eng *e) {
             collect(e);
         return;
     }
-    bool sample = device && b.n_out > 0;
+    bool sample = e->dev->ops->sample && b.n_out > 0;
     if (submit(e, &b, f, sample, &err) != ORCD_OK) {
         fail_step(e, &err);
         return;
@@ -588,13 +582,12 @@ static void step(eng *e) {
     }
     if (e->open)
         collect(e);
-    if (!sample) {
+    if (!sample)
         hand_out(e, f, NULL);
-    } else {
+    else if (f->masked && allow(e, f, &err) != ORCD_OK)
+        fail_step(e, &err);
+    else
         e->open = f;
-        if (!ahead)
-            collect(e);
-    }
 }
 
 static void check_resident(eng *e, double now) {

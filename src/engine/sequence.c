@@ -247,14 +247,14 @@ void seq_prefilled(eng *e, seq *s) {
 
 /* ---- generating ---- */
 
-static const uint32_t *ask_mask(eng *e, const seq *s) {
+const uint32_t *seq_mask(eng *e, const seq *s) {
     double t0 = eng_now();
     const uint32_t *mask = s->r.mask ? s->r.mask(s->r.ctx) : NULL;
     e->in_callbacks += eng_now() - t0;
     return mask;
 }
 
-be_sample seq_sample(eng *e, const seq *s, int32_t next, bool scores) {
+be_sample seq_sample(const eng *e, const seq *s, int32_t next, bool scores) {
     const samp_params *p = &s->r.sampling;
     be_sample row = {
         .likely = s->r.top_logprobs >= 0, .n_top = seq_n_top(e, s), .given = scores, .id = scores ? s->token[next] : 0};
@@ -266,7 +266,7 @@ be_sample seq_sample(eng *e, const seq *s, int32_t next, bool scores) {
     row.top_k = p->top_k;
     row.seed = p->seed;
     row.draw = (uint64_t)next - s->r.n_prompt;
-    row.mask = ask_mask(e, s);
+    row.masked = s->r.mask != NULL;
     row.edit = s->edit;
     row.n_edit = s->n_edit;
     row.penalties = has_penalties(p);
@@ -344,7 +344,7 @@ orcd_status seq_draw(eng *e, const seq *s, const float *logits, int32_t *id, orc
                      .bias_id = s->r.bias_id,
                      .bias = s->r.bias,
                      .n_bias = s->r.n_bias,
-                     .mask = ask_mask(e, s)};
+                     .mask = seq_mask(e, s)};
     return samp_draw(e->samp, &in, id, err);
 }
 

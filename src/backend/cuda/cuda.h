@@ -191,15 +191,33 @@ struct cuda_graph {
     cuda_cmd *cmd;
 };
 
+/* What a command's launcher needs. */
+struct cuda_run {
+    cuda_dev *dev;
+    cuda_kv *kv;
+    cudaStream_t stream;
+    cuda_shape shape;
+    bool pdl;
+    int freq; /* table whose cos and sin are in scratch.rope, -1 none */
+    float rope_scale;
+    const int32_t *upload; /* of this step, in host memory */
+    int n_upload;          /* words */
+    cudaError_t error;
+};
+
 struct cuda_step {
     be_step base;
     cuda_cmd *cmd;
     int n_cmd, cap_cmd;
-    bool samples, taps;
+    bool samples, masked, taps;
     int group;        /* query heads that share a KV head, at most */
     orcd_error error; /* of recording; code ORCD_OK = none */
     const be_sample *sample;
-    int n_mask; /* words of a mask of its rows */
+    struct cuda_staging *staging;
+    /* with `masked`, for cuda_allow: */
+    cuda_cmd draw;
+    cuda_run run;
+    uint32_t *mask; /* of the masked rows, one after the other, in host memory */
 };
 
 #define CUDA_N_FREQ 8
@@ -212,6 +230,7 @@ struct cuda_staging { /* pinned; free again once `done` has passed */
 
 #define CUDA_SAMPLE_PARTS 64
 #define CUDA_MASK_WORDS 8192
+static inline int cuda_mask_words(int64_t n_vocab) { return (int)((n_vocab + 31) / 32); }
 #define CUDA_MAX_EXPERT 1024
 #define CUDA_ROUTE_ROWS 64 /* steps of more rows route several rows a block where cuda_routes_many */
 #define CUDA_ROUTE_EXPERTS 128
@@ -287,20 +306,6 @@ struct cuda_dev {
     char name[128];
 };
 
-/* What a command's launcher needs. */
-struct cuda_run {
-    cuda_dev *dev;
-    cuda_kv *kv;
-    cudaStream_t stream;
-    cuda_shape shape;
-    bool pdl;
-    int freq; /* table whose cos and sin are in scratch.rope, -1 none */
-    float rope_scale;
-    const int32_t *upload; /* of this step, in host memory */
-    int n_upload;          /* words */
-    cudaError_t error;
-};
-
 /* ---- device.cu ---- */
 
 orcd_status cuda_fail(cuda_dev *d, cudaError_t e, const char *what, orcd_error *err);
@@ -358,6 +363,7 @@ void cuda_moe(be_step *s, const be_norm *n, const be_weight *router, int top_k, 
 void cuda_gather_out(be_step *s, const be_act *x, be_act *y);
 void cuda_tap(be_step *s, const char *name, int layer, const be_act *a, be_tap_fn fn, void *ctx);
 void cuda_sample(be_step *s, const be_act *logits, const be_sample *row);
+orcd_status cuda_allow(be_device *d, const be_sample *row, orcd_error *err);
 orcd_status cuda_sampled(be_device *d, int32_t *id, be_likely *likely, orcd_error *err);
 
 /* For tests, which must know that the fused step is what they tested. */

@@ -304,6 +304,7 @@ extern "C" const be_ops be_ops_cuda = {
     NULL, /* attn_in */
     cuda_moe,
     cuda_sample,
+    cuda_allow,
     cuda_sampled,
     dev_used,
     dev_resident,

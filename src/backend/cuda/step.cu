@@ -26,7 +26,7 @@ orcd_status cuda_step_begin(be_device *base, be_kv *kv, const be_batch *b, be_st
     s->base.kv = kv;
     s->base.batch = *b;
     s->n_cmd = 0;
-    s->samples = s->taps = false;
+    s->samples = s->masked = s->taps = false;
     s->group = 0;
     s->error.code = ORCD_OK;
     d->in_step = true;
@@ -254,15 +254,15 @@ void cuda_tap(be_step *s, const char *name, int layer, const be_act *a, be_tap_f
 
 void cuda_sample(be_step *base, const be_act *logits, const be_sample *row) {
     cuda_step *s = (cuda_step *)base;
-    cuda_cmd *c = record(base, CUDA_OP_SAMPLE);
+    for (int i = 0; i < base->batch.n_out; i++)
+        s->masked |= row[i].masked;
+    cuda_cmd *c = s->masked ? &s->draw : record(base, CUDA_OP_SAMPLE);
     c->x = (cuda_act *)logits;
     s->samples = true;
     s->sample = row;
-    s->n_mask = (int)(logits->width + 31) / 32;
-    for (int i = 0; i < base->batch.n_out; i++)
-        if (row[i].mask && s->n_mask > CUDA_MASK_WORDS)
-            orcd_fail(&s->error, ORCD_ERR_LIMIT, "a mask over a vocabulary of %lld; cuda takes at most %d",
-                      (long long)logits->width, 32 * CUDA_MASK_WORDS);
+    if (s->masked && cuda_mask_words(logits->width) > CUDA_MASK_WORDS)
+        orcd_fail(&s->error, ORCD_ERR_LIMIT, "a mask over a vocabulary of %lld; cuda takes at most %d",
+                  (long long)logits->width, 32 * CUDA_MASK_WORDS);
 }
 
 /* ---- the upload: one block of words in pinned host memory, fetched and spread by the step's first kernel: a copy
@@ -377,12 +377,13 @@ static int reach_of(const be_batch *b) {
 static size_t list_words(const cuda_step *s) {
     size_t n = 0;
     for (int i = 0; s->samples && i < s->base.batch.n_out; i++)
-        n += (size_t)s->sample[i].n_edit * (sizeof(be_edit) / 4) + (s->sample[i].mask ? (size_t)s->n_mask : 0);
+        n += (size_t)s->sample[i].n_edit * (sizeof(be_edit) / 4) +
+             (s->sample[i].masked ? (size_t)cuda_mask_words(s->draw.x->base.width) : 0);
     return n;
 }
 
-/* They follow the upload and are used where they are, in host memory. */
-static void put_lists(const cuda_step *s, be_sample *sample, int32_t *at) {
+/* They follow the upload and are used where they are, in host memory; what the masks are comes later. */
+static void put_lists(cuda_step *s, be_sample *sample, int32_t *at) {
     const int n = s->samples ? s->base.batch.n_out : 0;
     for (int i = 0; i < n; i++) {
         const size_t words = (size_t)sample[i].n_edit * (sizeof(be_edit) / 4);
@@ -391,12 +392,10 @@ static void put_lists(const cuda_step *s, be_sample *sample, int32_t *at) {
         sample[i].edit = (const be_edit *)at;
         at += words;
     }
+    s->mask = (uint32_t *)at;
     for (int i = 0; i < n; i++) {
-        if (!sample[i].mask)
-            continue;
-        memcpy(at, sample[i].mask, (size_t)s->n_mask * 4);
-        sample[i].mask = (const uint32_t *)at;
-        at += s->n_mask;
+        sample[i].mask = sample[i].masked ? (const uint32_t *)at : NULL;
+        at += sample[i].masked ? cuda_mask_words(s->draw.x->base.width) : 0;
     }
 }
 
@@ -594,6 +593,20 @@ static cudaError_t point_graph(cuda_graph *g, const cuda_run *r) {
     return cudaGraphExecKernelNodeSetParams(g->exec, g->begin, &p);
 }
 
+/* All of the step is in the stream. */
+static orcd_status submitted(cuda_dev *d, cuda_step *s, orcd_error *err) {
+    CUDA_TRY(d, "starting a step", cudaEventRecord(s->staging->done, d->stream));
+    if (!s->samples) {
+        CUDA_TRY(d, "running a step", cudaStreamSynchronize(d->stream));
+        return cuda_host_check(d, err);
+    }
+    auto *ids = &d->ids[(d->id_first + d->n_id_open) % 2];
+    ids->n = s->base.batch.n_out;
+    CUDA_TRY(d, "starting a step", cudaEventRecord(ids->ready, d->stream));
+    d->n_id_open++;
+    return ORCD_OK;
+}
+
 static orcd_status run(cuda_dev *d, cuda_step *s, orcd_error *err) {
     cuda_shape shape;
     cuda_kv *kv = (cuda_kv *)s->base.kv;
@@ -608,9 +621,9 @@ static orcd_status run(cuda_dev *d, cuda_step *s, orcd_error *err) {
         return orcd_fail(err, kv->failed, "changing the page table or copying a page failed");
     int n_word;
     ORCD_TRY(fill_upload(d, s, &shape, &n_word, err));
-    cuda_staging *st = &d->staging[d->next_staging];
+    s->staging = &d->staging[d->next_staging];
     d->next_staging = (d->next_staging + 1) % CUDA_N_STAGING;
-    cuda_run r = {d, kv, d->stream, shape, d->major >= 9, -1, 0.f, st->host, n_word, cudaSuccess};
+    cuda_run r = {d, kv, d->stream, shape, d->major >= 9, -1, 0.f, s->staging->host, n_word, cudaSuccess};
     if (s->taps || s->base.batch.n_tok > GRAPH_MAX_ROWS) {
         ORCD_TRY(run_commands(d, s, &r, err));
     } else {
@@ -620,24 +633,39 @@ static orcd_status run(cuda_dev *d, cuda_step *s, orcd_error *err) {
         CUDA_TRY(d, "starting a step", point_graph(g, &r));
         CUDA_TRY(d, "starting a step", cudaGraphLaunch(g->exec, d->stream));
     }
-    CUDA_TRY(d, "starting a step", cudaEventRecord(st->done, d->stream));
-    if (!s->samples) {
-        CUDA_TRY(d, "running a step", cudaStreamSynchronize(d->stream));
-        return cuda_host_check(d, err);
-    }
-    auto *ids = &d->ids[(d->id_first + d->n_id_open) % 2];
-    ids->n = s->base.batch.n_out;
-    CUDA_TRY(d, "starting a step", cudaEventRecord(ids->ready, d->stream));
-    d->n_id_open++;
-    return ORCD_OK;
+    s->run = r;
+    return s->masked ? ORCD_OK : submitted(d, s, err);
 }
 
 orcd_status cuda_step_end(be_step *base, orcd_error *err) {
     cuda_step *s = (cuda_step *)base;
     cuda_dev *d = (cuda_dev *)base->dev;
     orcd_status st = run(d, s, err);
-    d->in_step = false;
+    d->in_step = st == ORCD_OK && s->masked;
     return st;
+}
+
+orcd_status cuda_allow(be_device *base, const be_sample *row, orcd_error *err) {
+    cuda_dev *d = (cuda_dev *)base;
+    cuda_step *s = &d->step;
+    if (!d->in_step || !s->masked)
+        return orcd_fail(err, ORCD_ERR_ARG, "no step waits for what its rows allow");
+    const size_t words = (size_t)cuda_mask_words(s->draw.x->base.width);
+    uint32_t *at = s->mask;
+    for (int i = 0; i < s->base.batch.n_out; i++) {
+        if (!row[i].masked)
+            continue;
+        if (row[i].mask)
+            memcpy(at, row[i].mask, words * sizeof *at);
+        else
+            memset(at, 0xff, words * sizeof *at);
+        at += words;
+    }
+    d->in_step = false;
+    s->run.pdl = false; /* what is before it is a graph */
+    cuda_run_sample(&s->run, &s->draw);
+    CUDA_TRY(d, "drawing", s->run.error);
+    return submitted(d, s, err);
 }
 
 orcd_status cuda_sampled(be_device *base, int32_t *id, be_likely *likely, orcd_error *err) {
