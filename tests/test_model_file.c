@@ -287,7 +287,7 @@ static void files_that_are_no_model(void **state) {
     REFUSED(put_file("a", m.b.data, m.b.len), ORCD_ERR_FORMAT, "general.architecture");
     img_kv_str(&m, "general.architecture", "gpt2");
     img_kv_int(&m, "split.count", GGUF_U16, 2, 2);
-    REFUSED(put_file("a", m.b.data, m.b.len), ORCD_ERR_UNSUPPORTED, "one of 2 parts");
+    REFUSED(put_file("a", m.b.data, m.b.len), ORCD_ERR_FORMAT, "one of 2 parts");
     buf_free(&m.b);
 }
 

@@ -7,6 +7,7 @@
 #include <sys/random.h>
 
 #include "base/checked.h"
+#include "base/part_name.h"
 
 enum {
     ALIGN_DEFAULT = 32,
@@ -40,8 +41,10 @@ struct gguf {
     uint64_t alignment;
     uint64_t n_kv, n_tensors;
     gguf_kv *kv;
-    gguf_tensor *tensor;
+    gguf_tensor *tensor; /* of all parts */
     name_index kv_index, tensor_index;
+    gguf **part; /* the parts after this one, which keep their maps and keys; their tensors are here */
+    uint64_t n_part;
 };
 
 /* ---- names ---- */
@@ -425,7 +428,7 @@ orcd_status gguf_parse(const uint8_t *data, size_t size, gguf **out, orcd_error 
     return s;
 }
 
-orcd_status gguf_open(const char *path, gguf **out, orcd_error *err) {
+static orcd_status open_file(const char *path, gguf **out, orcd_error *err) {
     file_map map;
     orcd_error inner = {0};
     *out = NULL;
@@ -439,9 +442,109 @@ orcd_status gguf_open(const char *path, gguf **out, orcd_error *err) {
     return ORCD_OK;
 }
 
+/* ---- a model in several files ---- */
+
+static uint64_t split_key(const gguf *g, const char *key) {
+    uint64_t v = 0;
+    (void)gguf_u64(g, key, &v);
+    return v;
+}
+
+static orcd_status open_part(const char *path, const part_name *name, unsigned no, gguf **out, orcd_error *err) {
+    *out = NULL;
+    if (!file_exists(path))
+        return orcd_fail(err, ORCD_ERR_IO, "%s is missing: the model has %u parts, and all must lie in one folder",
+                         path, name->count);
+    ORCD_TRY(open_file(path, out, err));
+    if (split_key(*out, "split.no") == no - 1 && split_key(*out, "split.count") == name->count)
+        return ORCD_OK;
+    return orcd_fail(err, ORCD_ERR_FORMAT, "%s says that it is part %llu of %llu; its name says otherwise", path,
+                     (unsigned long long)split_key(*out, "split.no") + 1,
+                     (unsigned long long)split_key(*out, "split.count"));
+}
+
+/* The tensors of all parts in one table. */
+static orcd_status join_tensors(gguf *g, const char *path, orcd_error *err) {
+    uint64_t n = g->n_tensors, at = n, said = 0;
+    for (uint64_t i = 0; i < g->n_part; i++)
+        n += g->part[i]->n_tensors;
+    if (gguf_u64(g, "split.tensors.count", &said) && said != n)
+        return orcd_fail(err, ORCD_ERR_FORMAT, "%s says that all parts hold %llu tensors, but they hold %llu", path,
+                         (unsigned long long)said, (unsigned long long)n);
+    gguf_tensor *all = realloc(g->tensor, (n ? n : 1) * sizeof *all);
+    if (!all)
+        return orcd_fail(err, ORCD_ERR_NOMEM, "no memory for %llu tensors", (unsigned long long)n);
+    g->tensor = all;
+    free(g->tensor_index.slot);
+    g->tensor_index.slot = NULL;
+    for (uint64_t i = 0; i < g->n_part; at += g->part[i++]->n_tensors)
+        memcpy(all + at, g->part[i]->tensor, g->part[i]->n_tensors * sizeof *all);
+    ORCD_TRY(index_init(&g->tensor_index, n, all, sizeof *all, err));
+    for (g->n_tensors = 0; g->n_tensors < n; g->n_tensors++) {
+        gguf_str name = all[g->n_tensors].name;
+        uint32_t *slot = index_slot(&g->tensor_index, name.data, name.len);
+        if (*slot)
+            return orcd_fail(err, ORCD_ERR_FORMAT, "two parts of %s hold a tensor %s", path, show(name).text);
+        *slot = (uint32_t)(g->n_tensors + 1);
+    }
+    return ORCD_OK;
+}
+
+/* PATH is the first part and name its name: opens the others. */
+static orcd_status add_parts(gguf *g, char *path, const part_name *name, orcd_error *err) {
+    if (!(g->part = calloc(name->count, sizeof *g->part)))
+        return orcd_fail(err, ORCD_ERR_NOMEM, "no memory for %u parts", name->count);
+    for (unsigned no = 2; no <= name->count; no++) {
+        part_name_set(path, name, no);
+        orcd_status s = open_part(path, name, no, &g->part[g->n_part], err);
+        g->n_part += g->part[g->n_part] != NULL;
+        if (s != ORCD_OK)
+            return s;
+    }
+    part_name_set(path, name, 1);
+    return join_tensors(g, path, err);
+}
+
+static orcd_status open_all(const char *path, uint64_t count, gguf **out, orcd_error *err) {
+    part_name name;
+    if (!part_name_read(path, &name) || name.count != count)
+        return orcd_fail(
+            err, ORCD_ERR_FORMAT,
+            "%s is one of %llu parts, but its name does not end in -00001-of-%05llu.gguf or the like: give "
+            "the parts the names that they were published with",
+            path, (unsigned long long)count, (unsigned long long)count);
+    char *first = strdup(path);
+    if (!first)
+        return orcd_fail(err, ORCD_ERR_NOMEM, "no memory for a file name");
+    part_name_set(first, &name, 1);
+    orcd_status s = open_part(first, &name, 1, out, err);
+    if (s == ORCD_OK)
+        s = add_parts(*out, first, &name, err);
+    free(first);
+    return s;
+}
+
+orcd_status gguf_open(const char *path, gguf **out, orcd_error *err) {
+    ORCD_TRY(open_file(path, out, err));
+    uint64_t count = split_key(*out, "split.count");
+    if (count <= 1)
+        return ORCD_OK;
+    gguf_close(*out);
+    *out = NULL;
+    orcd_status s = open_all(path, count, out, err);
+    if (s != ORCD_OK) {
+        gguf_close(*out);
+        *out = NULL;
+    }
+    return s;
+}
+
 void gguf_close(gguf *g) {
     if (!g)
         return;
+    for (uint64_t i = 0; i < g->n_part; i++)
+        gguf_close(g->part[i]);
+    free(g->part);
     free(g->kv);
     free(g->tensor);
     free(g->kv_index.slot);
@@ -450,8 +553,20 @@ void gguf_close(gguf *g) {
     free(g);
 }
 
-uint64_t gguf_bytes(const gguf *g) { return g->size; }
-bool gguf_changed(const gguf *g) { return file_changed(&g->map); }
+uint64_t gguf_bytes(const gguf *g) {
+    uint64_t sum = g->size;
+    for (uint64_t i = 0; i < g->n_part; i++)
+        sum += g->part[i]->size;
+    return sum;
+}
+
+bool gguf_changed(const gguf *g) {
+    bool changed = file_changed(&g->map);
+    for (uint64_t i = 0; i < g->n_part; i++)
+        changed |= file_changed(&g->part[i]->map);
+    return changed;
+}
+
 uint32_t gguf_version(const gguf *g) { return g->version; }
 uint64_t gguf_alignment(const gguf *g) { return g->alignment; }
 uint64_t gguf_n_kv(const gguf *g) { return g->n_kv; }

@@ -57,14 +57,16 @@ typedef struct gguf_tensor {
 
 typedef struct gguf gguf;
 
-/* Map and check a whole file. `err` carries the byte position. Thread-safe afterwards (read-only). */
+/* Map and check a whole file. `err` carries the byte position. Thread-safe afterwards (read-only). A part of a model
+ * that is split (NAME-00002-of-00003.gguf, keys split.no and split.count) stands for all: the first part's keys, and
+ * the tensors of every part in their order. */
 orcd_status gguf_open(const char *path, gguf **out, orcd_error *err) ORCD_MUST_USE;
 /* The same over bytes that the caller keeps alive: for tests and fuzzing. */
 orcd_status gguf_parse(const uint8_t *data, size_t size, gguf **out, orcd_error *err) ORCD_MUST_USE;
 void gguf_close(gguf *g);
 
-uint64_t gguf_bytes(const gguf *g); /* size of the file */
-bool gguf_changed(const gguf *g);   /* the mapped file became shorter */
+uint64_t gguf_bytes(const gguf *g); /* size of the file, or of all parts */
+bool gguf_changed(const gguf *g);   /* a mapped file became shorter */
 uint32_t gguf_version(const gguf *g);
 uint64_t gguf_alignment(const gguf *g);
 uint64_t gguf_n_kv(const gguf *g);

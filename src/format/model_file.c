@@ -46,11 +46,7 @@ static orcd_status detect(const char *path, mf_kind *kind, orcd_error *err) {
 
 static orcd_status open_gguf(mf_file *f, orcd_error *err) {
     gguf_str name;
-    uint64_t parts = 1;
     ORCD_TRY(gguf_open(f->path, &f->g, err));
-    if (gguf_u64(f->g, "split.count", &parts) && parts > 1)
-        return orcd_fail(err, ORCD_ERR_UNSUPPORTED, "%s is one of %llu parts; join them into one GGUF file first",
-                         f->path, (unsigned long long)parts);
     if (!gguf_string(f->g, "general.architecture", &name) || name.len == 0 || name.len >= sizeof f->arch_name)
         return orcd_fail(err, ORCD_ERR_FORMAT, "%s does not say its general.architecture", f->path);
     memcpy(f->arch_name, name.data, name.len);
