@@ -10,6 +10,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/part_name.h"
+
 static bool is_gguf(const char *path) {
     size_t n = strlen(path);
     return n > 5 && strcasecmp(path + n - 5, ".gguf") == 0;
@@ -47,6 +49,34 @@ static orcd_status add(hub_models *m, const char *repo, const char *file, const 
     return ORCD_OK;
 }
 
+/* Bytes of the file, or of all parts of a split model; 0 while one is missing. */
+static uint64_t whole_bytes(const hub_shelf *s, const char *name) {
+    char path[HUB_PATH], part[HUB_FILE];
+    part_name p;
+    uint64_t sum = 0;
+    snprintf(part, sizeof part, "%s", name);
+    unsigned n_part = part_name_read(part, &p) ? p.count : 0;
+    for (unsigned no = 1; no <= n_part || no == 1; no++) {
+        if (n_part)
+            part_name_set(part, &p, no);
+        uint64_t bytes = sums_find(&s->sums, false, part) && hub_shelf_path(s, part, path) ? file_bytes(path) : 0;
+        if (bytes == 0)
+            return 0;
+        sum += bytes;
+    }
+    return sum;
+}
+
+/* A .gguf file; of a split model the first part stands for all. */
+static orcd_status add_file(hub_models *m, const hub_shelf *s, const char *repo, const char *name, orcd_error *err) {
+    char path[HUB_PATH];
+    part_name p;
+    if ((part_name_read(name, &p) && p.no > 1) || !hub_shelf_path(s, name, path))
+        return ORCD_OK;
+    uint64_t whole = whole_bytes(s, name);
+    return add(m, repo, name, path, whole ? whole : file_bytes(path), whole > 0, err);
+}
+
 static orcd_status add_shelf(hub_models *m, const char *cache, const char *repo, orcd_error *err) {
     hub_shelf s;
     char path[HUB_PATH];
@@ -55,12 +85,12 @@ static orcd_status add_shelf(hub_models *m, const char *cache, const char *repo,
     bool folder = false;
     hub_shelf_read(cache, repo, &s);
     for (size_t i = 0; i < s.sums.n && st == ORCD_OK; i++) {
-        uint64_t size = hub_shelf_path(&s, s.sums.entry[i].name, path) ? file_bytes(path) : 0;
-        if (is_gguf(s.sums.entry[i].name))
-            st = add(m, repo, s.sums.entry[i].name, path, size, size > 0, err);
-        else
-            bytes += size;
-        folder |= strcmp(s.sums.entry[i].name, "config.json") == 0;
+        const char *name = s.sums.entry[i].name;
+        if (is_gguf(name))
+            st = add_file(m, &s, repo, name, err);
+        else if (hub_shelf_path(&s, name, path))
+            bytes += file_bytes(path);
+        folder |= strcmp(name, "config.json") == 0;
     }
     uint64_t under_way = bytes_under_way(&s);
     if (st == ORCD_OK && (folder || s.pending || under_way))
@@ -139,6 +169,24 @@ static int remove_one(const char *path, const struct stat *st, int kind, struct 
     return remove(path);
 }
 
+/* The file, or all parts of a split model, and what the list says of them. */
+static orcd_status remove_files(hub_shelf *s, const char *name, orcd_error *err) {
+    char path[HUB_PATH], part[HUB_FILE];
+    part_name p;
+    orcd_status st = ORCD_OK;
+    snprintf(part, sizeof part, "%s", name);
+    unsigned n_part = part_name_read(part, &p) ? p.count : 0;
+    for (unsigned no = 1; (no <= n_part || no == 1) && st == ORCD_OK; no++) {
+        if (n_part)
+            part_name_set(part, &p, no);
+        if (hub_shelf_path(s, part, path) && unlink(path) != 0 && errno != ENOENT)
+            st = orcd_fail(err, ORCD_ERR_IO, "cannot remove %s: %s", path, strerror(errno));
+        else
+            st = hub_shelf_put(s, part, NULL, err);
+    }
+    return st;
+}
+
 orcd_status hub_remove(const char *cache, const hub_model *m, orcd_error *err) {
     const char *colon = strchr(m->name, ':');
     hub_shelf s;
@@ -146,10 +194,8 @@ orcd_status hub_remove(const char *cache, const hub_model *m, orcd_error *err) {
     orcd_status st = ORCD_OK;
     snprintf(repo, sizeof repo, "%.*s", colon ? (int)(colon - m->name) : HUB_NAME - 1, m->name);
     ORCD_TRY(hub_shelf_lock(NULL, cache, repo, &s, err));
-    if (colon && unlink(m->path) != 0 && errno != ENOENT)
-        st = orcd_fail(err, ORCD_ERR_IO, "cannot remove %s: %s", m->path, strerror(errno));
-    else if (colon)
-        st = hub_shelf_put(&s, colon + 1, NULL, err);
+    if (colon)
+        st = remove_files(&s, colon + 1, err);
     if (st == ORCD_OK && (!colon || (s.sums.n == 0 && !s.pending)) &&
         nftw(s.dir, remove_one, 16, FTW_DEPTH | FTW_PHYS) != 0)
         st = orcd_fail(err, ORCD_ERR_IO, "cannot remove all of %s: %s", s.dir, strerror(errno));

@@ -27,7 +27,8 @@ orcd_status hub_tree_get(const hub_params *p, const char *repo, hub_tree *out, o
 orcd_status hub_tree_add(hub_tree *t, const char *json, size_t len, orcd_error *err) ORCD_MUST_USE;
 void hub_tree_free(hub_tree *t);
 /* The files that make up what was asked for: chosen[0..*n) points into the tree and has room for all of it; `file`
- * NULL: the whole model. *folder: they are a safetensors folder, else the one file chosen[0]. */
+ * NULL: the whole model. *folder: they are a safetensors folder, else the file chosen[0], with the other
+ * parts behind it when it is the first of a split model. */
 orcd_status hub_choose(const hub_tree *t, const char *repo, const char *file, const hub_entry **chosen, size_t *n,
                        bool *folder, orcd_error *err) ORCD_MUST_USE;
 

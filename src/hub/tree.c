@@ -6,6 +6,7 @@
 #include <strings.h>
 
 #include "base/checked.h"
+#include "base/part_name.h"
 
 enum { MAX_ENTRIES = 10000, MAX_PAGES = 200 };
 static const uint64_t max_size = (uint64_t)1 << 50;
@@ -123,16 +124,44 @@ static size_t choose_folder(const hub_tree *t, const hub_entry **chosen) {
     return config && weights ? n : 0;
 }
 
-/* The file of that name, else the .gguf files with that in their names. */
+static const hub_entry *find(const hub_tree *t, const char *path) {
+    for (size_t i = 0; i < t->n; i++)
+        if (strcmp(t->entry[i].path, path) == 0)
+            return &t->entry[i];
+    return NULL;
+}
+
+static bool is_later_part(const char *path) {
+    part_name p;
+    return part_name_read(path, &p) && p.no > 1;
+}
+
+/* The file of that name, else the .gguf files with that in their names, of split models the first parts. */
 static size_t choose_file(const hub_tree *t, const char *file, const hub_entry **chosen) {
     size_t n = 0;
+    if (file && (chosen[0] = find(t, file)))
+        return 1;
     for (size_t i = 0; i < t->n; i++)
-        if (file && strcmp(t->entry[i].path, file) == 0)
-            return chosen[0] = &t->entry[i], 1;
-    for (size_t i = 0; i < t->n; i++)
-        if (ends_with(t->entry[i].path, ".gguf") && (!file || strcasestr(t->entry[i].path, file)))
+        if (ends_with(t->entry[i].path, ".gguf") && !is_later_part(t->entry[i].path) &&
+            (!file || strcasestr(t->entry[i].path, file)))
             chosen[n++] = &t->entry[i];
     return n;
+}
+
+/* chosen[0], or when it is a part of a split model all parts from the first on. */
+static orcd_status choose_parts(const hub_tree *t, const char *repo, const hub_entry **chosen, size_t *n,
+                                orcd_error *err) {
+    char path[HUB_FILE];
+    part_name p;
+    strcpy(path, chosen[0]->path);
+    for (*n = 0; part_name_read(path, &p) && *n < p.count; ++*n) {
+        part_name_set(path, &p, (unsigned)*n + 1);
+        if (!(chosen[*n] = find(t, path)))
+            return orcd_fail(err, ORCD_ERR_FORMAT, "%s has no %s, one of the %u parts of that model", repo, path,
+                             p.count);
+    }
+    *n += *n == 0;
+    return ORCD_OK;
 }
 
 orcd_status hub_choose(const hub_tree *t, const char *repo, const char *file, const hub_entry **chosen, size_t *n,
@@ -141,8 +170,10 @@ orcd_status hub_choose(const hub_tree *t, const char *repo, const char *file, co
     size_t at = 0;
     *n = file ? 0 : choose_folder(t, chosen);
     *folder = *n > 0;
-    if (*n || (*n = choose_file(t, file, chosen)) == 1)
+    if (*n)
         return ORCD_OK;
+    if ((*n = choose_file(t, file, chosen)) == 1)
+        return choose_parts(t, repo, chosen, n, err);
     if (*n == 0 && file)
         return orcd_fail(err, ORCD_ERR_IO, "%s has no file %s and no .gguf file with that in its name", repo, file);
     if (*n == 0)
