@@ -81,7 +81,8 @@ static void copy_keys(const arch *a, const mf_file *f, bool tokenizer, gguf_writ
     for (uint64_t i = 0; i < gguf_n_kv(g); i++) {
         gguf_kv kv = *gguf_kv_at(g, i);
         if (key_is(&kv, "general.architecture") || key_is(&kv, "general.file_type") ||
-            key_is(&kv, "general.quantization_version") || (!tokenizer && key_begins(&kv, "tokenizer.")))
+            key_is(&kv, "general.quantization_version") || key_begins(&kv, "split.") ||
+            (!tokenizer && key_begins(&kv, "tokenizer.")))
             continue;
         if (key_begins(&kv, old) && kv.key.len < 128) {
             int n = snprintf(full, sizeof full, "%s.%.*s", a->name, (int)(kv.key.len - strlen(old)),

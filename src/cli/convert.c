@@ -10,6 +10,7 @@
 
 #include "arch/export.h"
 #include "base/file.h"
+#include "base/part_name.h"
 #include "text/tokenizer.h"
 
 typedef struct options {
@@ -53,11 +54,16 @@ static void add_identity(buf *out, const char *path) {
 /* What the tensors' bytes depend on beside the header of the new file: this program, and the files they come from. */
 static void describe_origin(const char *from, buf *out) {
     struct dirent **entry = NULL;
-    char *full = realpath(from, NULL);
+    char *full = realpath(from, NULL), *one = strdup(from);
+    part_name part;
     int n = full && file_is_dir(full) ? scandir(full, &entry, NULL, alphasort) : 0;
     buf_printf(out, "orcd " ORCD_VERSION "\n");
     if (full)
         add_identity(out, full);
+    for (unsigned no = 1; one && part_name_read(from, &part) && no <= part.count; no++) {
+        part_name_set(one, &part, no);
+        add_identity(out, one);
+    }
     for (int i = 0; i < n; i++) {
         buf path = {0};
         buf_printf(&path, "%s/%s", full, entry[i]->d_name);
@@ -67,6 +73,7 @@ static void describe_origin(const char *from, buf *out) {
         free(entry[i]);
     }
     free(entry);
+    free(one);
     free(full);
 }
 

@@ -14,6 +14,7 @@
 
 #include "arch/arch.h"
 #include "base/file.h"
+#include "base/part_name.h"
 #include "base/pool.h"
 #include "base/sums.h"
 
@@ -163,6 +164,29 @@ static void find_pulled_list(verify *v) {
     }
 }
 
+static orcd_status choose_file(verify *v, const options *o, const char *name, orcd_error *err) {
+    bool listed = sums_find(&v->want, false, name) != NULL;
+    if (o->check && !listed)
+        return orcd_fail(err, ORCD_ERR_FORMAT, "%s has no sum of %s", v->list, name);
+    if (!listed)
+        v->list[0] = '\0'; /* a file of somebody else in a pulled model's folder */
+    return sums_put(&v->have, false, name, "", err);
+}
+
+/* The file of this name, or of a split model every part. */
+static orcd_status choose_parts(verify *v, const options *o, const char *name, orcd_error *err) {
+    char part[SUMS_NAME];
+    part_name p;
+    if (!part_name_read(name, &p))
+        return choose_file(v, o, name, err);
+    snprintf(part, sizeof part, "%s", name);
+    for (unsigned no = 1; no <= p.count; no++) {
+        part_name_set(part, &p, no);
+        ORCD_TRY(choose_file(v, o, part, err));
+    }
+    return ORCD_OK;
+}
+
 static orcd_status choose_files(verify *v, const options *o, orcd_error *err) {
     bool folder = file_is_dir(v->path);
     char *slash = strrchr(v->path, '/');
@@ -184,12 +208,7 @@ static orcd_status choose_files(verify *v, const options *o, orcd_error *err) {
             strncmp(v->path, v->dir, strlen(v->dir)) == 0 && slash ? v->path + strlen(v->dir) + 1 : v->path;
         if (strlen(name) >= SUMS_NAME)
             return orcd_fail(err, ORCD_ERR_LIMIT, "the name %.60s... is too long for a list", name);
-        bool listed = sums_find(&v->want, false, name) != NULL;
-        if (o->check && !listed)
-            return orcd_fail(err, ORCD_ERR_FORMAT, "%s has no sum of %s", v->list, name);
-        if (!listed)
-            v->list[0] = '\0'; /* a file of somebody else in a pulled model's folder */
-        return sums_put(&v->have, false, name, "", err);
+        return choose_parts(v, o, name, err);
     }
     for (size_t i = 0; i < v->want.n; i++) {
         const sums_entry *e = &v->want.entry[i];

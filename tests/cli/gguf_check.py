@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Compare GGUF files with the PyPI package `gguf`: values OLD NEW, same OLD NEW, write OLD NEW."""
+"""Compare GGUF files with the PyPI package `gguf`: values OLD NEW, same OLD NEW, write OLD NEW, split OLD NEW
+(NEW-00001-of-N.gguf and so on, the first without tensors)."""
 import sys
 
 import gguf
@@ -34,8 +35,8 @@ def same(a, b, old, new):
         assert old[name].data.tobytes() == new[name].data.tobytes(), name
 
 
-def write(a, old, path):
-    w = gguf.GGUFWriter(path, 'gpt-oss')
+def write(a, old, path, **parts):
+    w = gguf.GGUFWriter(path, 'gpt-oss', **parts)
     for key, field in a.fields.items():
         if key.startswith('GGUF.') or key == 'general.architecture':
             continue
@@ -53,6 +54,8 @@ a = gguf.GGUFReader(sys.argv[2])
 old = {t.name: t for t in a.tensors}
 if sys.argv[1] == 'write':
     write(a, old, sys.argv[3])
+elif sys.argv[1] == 'split':
+    write(a, old, sys.argv[3], split_max_tensors=20, small_first_shard=True)
 else:
     b = gguf.GGUFReader(sys.argv[3])
     new = {t.name: t for t in b.tensors}
