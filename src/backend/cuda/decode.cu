@@ -99,10 +99,15 @@ static dec_matrix matrix_of(const cuda_weight *w) {
 }
 
 template <class... Param, class... Arg>
-static void launch(cuda_run *r, void (*kernel)(Param...), int grid, int threads, size_t shared, Arg... arg) {
+static void launch_clusters(cuda_run *r, void (*kernel)(Param...), int grid, int cluster, int threads, size_t shared,
+                            Arg... arg) {
     if (r->error == cudaSuccess)
         r->error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    cuda_launch(r, kernel, dim3((unsigned)grid), dim3((unsigned)threads), shared, arg...);
+    cuda_launch_clusters(r, kernel, dim3((unsigned)grid), (unsigned)cluster, dim3((unsigned)threads), shared, arg...);
+}
+template <class... Param, class... Arg>
+static void launch(cuda_run *r, void (*kernel)(Param...), int grid, int threads, size_t shared, Arg... arg) {
+    launch_clusters(r, kernel, grid, 1, threads, shared, arg...);
 }
 
 struct decode_run { /* what the launches of a step share */
@@ -140,7 +145,12 @@ template <int R> static void run_attention(const decode_run *s, const cuda_cmd *
                         r->dev->scratch.arrived,
                         y};
     const int chunks = t->window > 0 ? t->window / DEC_CHUNK + 2 : r->shape.reach; /* that a row sees, at most */
-    const int units = R * t->n_kv_head * (chunks < r->shape.reach ? chunks : r->shape.reach);
+    const int cluster = chunks < r->shape.reach ? chunks : r->shape.reach, units = R * t->n_kv_head * cluster;
+    if (units <= s->n_sm && cluster <= (r->dev->major >= 9 ? DEC_MAX_CLUSTER : 1)) {
+        launch_clusters(r, a.kv.fresh ? dec_attention_short_kernel<kv_int8, R> : dec_attention_short_kernel<__half, R>,
+                        units, cluster, 256, dec_attn_short_smem(cluster), a, cluster);
+        return;
+    }
     int grid = s->n_sm;
     if (R == 1 && units < grid)
         grid = units; /* with more rows it is slower */

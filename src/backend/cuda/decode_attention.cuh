@@ -45,6 +45,10 @@ __device__ __forceinline__ void dec_attn_finish(const dec_attn &a, int row, int 
 
 #define DEC_ATTN_SMEM (8 * 8192 + 8 * 8 * 64 * 4 + 2 * 8 * 8 * 4 + 16)
 
+/* Where a page's outputs of head g, columns d and d + 1, lie among its 512 floats: eight columns of all heads together,
+ * heads in another order in each eight, so that neither who writes nor who reads meets bank conflicts. */
+__device__ __forceinline__ int dec_out_at(int g, int d) { return d / 8 * 64 + (g ^ d / 8) * 8 + d % 8; }
+
 /* A warp's page of 64 keys: K in registers as B fragments of q K^T, V (transposed) in shared memory, rows of 64 keys
  * whose units of 16 bytes change places so that the reads are free of bank conflicts. T: __half or kv_int8. */
 template <class T> struct dec_page {
@@ -113,53 +117,41 @@ template <class T> struct dec_page {
                                : make_float2(c[i][0], c[i][1]);
         }
     }
-    /* Values of keys that the row does not see may be anything, NaN included: cleared. */
-    __device__ __forceinline__ void clear_unseen(const dec_attn &a, int key0, int pos) {
-        const int last = pos - key0, first = a.window > 0 ? last - a.window + 1 : 0;
-        if (first <= 0 && last >= 63)
-            return;
-        if (INT8) { /* their scales are enough */
-            uint32_t *w = (uint32_t *)scale[INT8 ? 1 : 0];
+    /* Masks of pairs of f16: which of the lane's keys 32 b + 8 t + 2 i, + 1 the row sees. */
+    __device__ __forceinline__ void look(const dec_attn &a, int key0, int pos, uint32_t (&seen)[2][4]) const {
+        const int first = a.window > 0 ? max(pos - a.window + 1, 0) : 0;
+        const uint32_t n = pos - first;
 #pragma unroll
-            for (int i = 0; i < 8; i++)
-                w[i] &= keep(i / 4 * 32 + lane % 4 * 8 + i % 4 * 2, first, last);
-            return;
+        for (int i = 0; i < 8; i++) {
+            const uint32_t at = key0 - first + i / 4 * 32 + lane % 4 * 8 + i % 4 * 2;
+            seen[i / 4][i % 4] = (at <= n ? 0xFFFFu : 0u) | (at + 1 <= n ? 0xFFFF0000u : 0u);
         }
-        const int unit = lane % 8 ^ (lane / 8 & 1) << 2; /* of eight keys, in all the lane's rows: d = lane / 8 + 4 i */
-        uint4 *at = (uint4 *)v + lane;                   /* lane % 8 is where that unit lies */
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-            const uint4 w = at[i * 32];
-            const int key = unit * 8;
-            at[i * 32] = make_uint4(w.x & keep(key, first, last), w.y & keep(key + 2, first, last),
-                                    w.z & keep(key + 4, first, last), w.w & keep(key + 6, first, last));
-        }
-        __syncwarp();
     }
-    /* Mask of a pair of f16: keys key, key + 1 of first .. last. */
-    static __device__ __forceinline__ uint32_t keep(int key, int first, int last) {
-        return (key >= first && key <= last ? 0xFFFFu : 0u) | (key + 1 >= first && key + 1 <= last ? 0xFFFF0000u : 0u);
+    static __device__ __forceinline__ uint4 masked(uint4 v, const uint32_t (&m)[4]) {
+        return make_uint4(v.x & m[0], v.y & m[1], v.z & m[2], v.w & m[3]);
     }
-    /* Keys 32 b + 8 t .. + 7 of V's row d. */
-    __device__ __forceinline__ uint4 values(int d, int b) const {
+    /* Keys 32 b + 8 t .. + 7 of V's row d. What the row does not see may be anything, NaN included: cleared. */
+    __device__ __forceinline__ uint4 values(int d, int b, const uint32_t (&seen)[2][4]) const {
         const int t = lane % 4;
-        if (INT8)
+        if (INT8) /* zero scales are enough */
             return kv_scaled(kv_unpack(*(const uint2 *)(v + unit_at(d, 2 * b + t / 2) * 16 + t % 2 * 8)),
-                             scale[INT8 ? 1 : 0][b]);
-        return *(const uint4 *)(v + unit_at(d, 4 * b + t) * 16);
+                             masked(scale[INT8 ? 1 : 0][b], seen[b]));
+        return masked(*(const uint4 *)(v + unit_at(d, 4 * b + t) * 16), seen[b]);
     }
-    /* O, m and l of the page into shared memory, from the scores; V is there. */
+    /* O, m and l of the page into shared memory, from the scores; V is there. so may be where V lies: eight columns
+     * take less room than their keys, and are written when these have been read. */
     __device__ __forceinline__ void finish(const dec_attn &a, float2 (&s)[2][4], int key0, int pos, float *so,
                                            float *sm, float *sl) {
         int g = lane / 4, t = lane % 4;
         float m = -INFINITY, l = 0;
+        uint32_t seen[2][4];
+        look(a, key0, pos, seen);
 #pragma unroll
         for (int b = 0; b < 2; b++)
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                int age = pos - (key0 + 32 * b + 8 * t + i);
                 float &z = i % 2 ? s[b][i / 2].y : s[b][i / 2].x;
-                z = age >= 0 && (a.window == 0 || age < a.window) ? z * a.scale_log2 : -INFINITY;
+                z = seen[b][i / 2] >> i % 2 * 16 & 1 ? z * a.scale_log2 : -INFINITY;
                 m = fmaxf(m, z);
             }
         m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
@@ -179,17 +171,21 @@ template <class T> struct dec_page {
         l += __shfl_xor_sync(~0u, l, 2);
         if (t == 0)
             sm[g] = m, sl[g] = l;
-        clear_unseen(a, key0, pos);
-#pragma unroll 4
-        for (int n = 0; n < 8; n++) {
-            float o[4] = {0, 0, 0, 0};
 #pragma unroll
-            for (int b = 0; b < 2; b++) {
-                const uint4 w = values(8 * n + g, b);
-                mma_f16(o, p[b][0], 0, p[b][1], 0, w.x, w.y);
-                mma_f16(o, p[b][2], 0, p[b][3], 0, w.z, w.w);
-            }
-            *(float2 *)(so + g * 64 + 8 * n + 2 * t) = make_float2(o[0], o[1]);
+        for (int n0 = 0; n0 < 8; n0 += 4) {
+            float o[4][4] = {};
+#pragma unroll
+            for (int b = 0; b < 2; b++)
+#pragma unroll
+                for (int n = 0; n < 4; n++) {
+                    const uint4 w = values(8 * (n0 + n) + g, b, seen);
+                    mma_f16(o[n], p[b][0], 0, p[b][1], 0, w.x, w.y);
+                    mma_f16(o[n], p[b][2], 0, p[b][3], 0, w.z, w.w);
+                }
+            __syncwarp();
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                *(float2 *)(so + dec_out_at(g, 8 * (n0 + n) + 2 * t)) = make_float2(o[n][0], o[n][1]);
         }
     }
 };
@@ -323,7 +319,7 @@ template <class T, int R> __global__ void __launch_bounds__(256, 2) dec_attentio
         dec_soft acc = {-INFINITY, 0, 0, 0};
 #pragma unroll
         for (int w = 0; w < 8; w++) {
-            float2 o = *(const float2 *)(so + w * 512 + g * 64 + d);
+            float2 o = *(const float2 *)(so + w * 512 + dec_out_at(g, d));
             acc.merge(sm[w * 8 + g], sl[w * 8 + g], o.x, o.y);
         }
         const float z = sink;
@@ -358,6 +354,120 @@ template <class T, int R> __global__ void __launch_bounds__(256, 2) dec_attentio
         }
         dec_attn_finish(a, now.row, h * 8 + g, d, z, acc);
     }
+}
+
+/* ---- short contexts: all keys of a row and KV head at once, by a cluster of as many CTAs as there are chunks ---- */
+
+/* All CTAs of the cluster have begun: between the two, others' shared memory may not be written. */
+__device__ __forceinline__ void dec_cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void dec_cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+/* bar counts `bytes` that others send; to be followed by dec_cluster_arrive. */
+__device__ __forceinline__ void dec_expect(uint64_t *bar, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    dec_bar_init(dec_smem(bar), 1);
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(dec_smem(bar)), "r"(bytes) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+/* To where `to` lies in the cluster's first CTA, whose bar counts it. */
+__device__ __forceinline__ void dec_send(float *to, float x, float y, uint64_t *bar) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n .reg .b32 a, b;\n mapa.shared::cluster.u32 a, %0, 0;\n mapa.shared::cluster.u32 b, %1, 0;\n"
+        " st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [a], {%2, %3}, [b];\n}" ::"r"(dec_smem(to)),
+        "r"(dec_smem(bar)), "f"(x), "f"(y)
+        : "memory");
+#endif
+}
+
+#define DEC_MAX_CLUSTER 8
+#define DEC_PART (8 * 66) /* floats of a chunk's partial result: [head][64], m and l of each head */
+constexpr int dec_attn_short_smem(int cluster) { return 8 * 8192 + 2 * 8 * 8 * 4 + 16 + (cluster - 1) * DEC_PART * 4; }
+
+/* A CTA a chunk, a warp a page, as above. The first CTA finishes. */
+template <class T, int R>
+__global__ void __launch_bounds__(256, 2) dec_attention_short_kernel(dec_attn a, int cluster) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = warp, d = lane * 2;
+    const int who = blockIdx.x / cluster, rank = blockIdx.x % cluster, row = who / a.n_kv, head = who % a.n_kv;
+    float *so = (float *)dec_shared, *sm = (float *)(dec_shared + 8 * 8192), *sl = sm + 64;
+    uint64_t *bar = (uint64_t *)(sl + 64);
+    float *part = (float *)(bar + 2);
+    pdl_launch();
+    if (R > 1 && row >= __ldcg(a.n_row))
+        return;
+    const int pos = __ldcg(a.pos + row), low = a.window > 0 && pos >= a.window ? pos - a.window + 1 : 0;
+    const int c0 = low / DEC_CHUNK, n_chunk = pos / DEC_CHUNK + 1 - c0;
+    const int index = (c0 + rank) * (DEC_CHUNK / 64) + warp;
+    const bool there = index >= low / 64 && index <= pos / 64;
+    if (cluster > 1) {
+        if (rank == 0 && threadIdx.x == 0)
+            dec_expect(bar, (n_chunk - 1) * DEC_PART * 4);
+        dec_cluster_arrive();
+    }
+    const float sink = a.sinks ? a.sinks[head * 8 + g] : 0.f;
+    dec_page<T> pg;
+    pg.lane = lane, pg.v = dec_shared + warp * 8192, pg.v_at = dec_smem(pg.v);
+    T *page = nullptr;
+    if (there)
+        page = (T *)(a.kv.layer + __ldcg(a.kv.pages(row) + index) * a.kv.page_bytes + head * kv_head_bytes<T>(64));
+    if (index == pos / 64) { /* this page's last row is the kernel's before; the others may come nearer already */
+        for (int i = lane * 128; i < kv_head_bytes<T>(64); i += 32 * 128)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"((const uint8_t *)page + i));
+        pdl_wait();
+        if constexpr (dec_page<T>::INT8)
+            dec_store_fresh(a, page, row, head, pos % 64);
+    }
+    if (there)
+        pg.ask_k(page), pg.ask_v(page);
+    pdl_wait();
+    if (there) {
+        uint4 q[2];
+        const __half *from = a.q + ((row * a.n_kv + head) * 8 + lane / 4) * 64 + lane % 4 * 8;
+        q[0] = __ldcg((const uint4 *)from), q[1] = __ldcg((const uint4 *)(from + 32));
+        float2 s[2][4];
+        pg.scores(q, s);
+        dec_async_done();
+        __syncwarp();
+        pg.finish(a, s, index * 64, pos, so + warp * 2048, sm + warp * 8, sl + warp * 8);
+    } else if (lane < 8)
+        sm[warp * 8 + lane] = -INFINITY;
+    __syncthreads();
+    dec_soft acc = {-INFINITY, 0, 0, 0};
+#pragma unroll
+    for (int w = 0; w < 8; w++) {
+        const float2 o = *(const float2 *)(so + w * 2048 + dec_out_at(g, d));
+        acc.merge(sm[w * 8 + g], sl[w * 8 + g], o.x, o.y);
+    }
+    if (cluster > 1) {
+        dec_cluster_wait();
+        if (rank > 0) {
+            if (rank < n_chunk) {
+                float *to = part + (rank - 1) * DEC_PART;
+                dec_send(to + g * 64 + d, acc.o0, acc.o1, bar);
+                if (lane == 0)
+                    dec_send(to + 512 + g * 2, acc.m, acc.l, bar);
+            }
+            return;
+        }
+        const dec_soft first = acc;
+        acc = {-INFINITY, 0, 0, 0};
+        acc.merge(first.m, first.l, first.o0, first.o1);
+        dec_bar_wait(dec_smem(bar), 0);
+        for (int i = 0; i < n_chunk - 1; i++) {
+            const float2 o = *(const float2 *)(part + i * DEC_PART + g * 64 + d),
+                         ml = *(const float2 *)(part + i * DEC_PART + 512 + g * 2);
+            acc.merge(ml.x, ml.y, o.x, o.y);
+        }
+    }
+    dec_attn_finish(a, row, head * 8 + g, d, sink, acc);
 }
 
 #endif
