@@ -3,6 +3,7 @@
 #define ORCD_TEXT_CHAT_PARTS_H
 
 #include "text/chat/harmony.h"
+#include "text/compact.h"
 
 struct harmony {
     const tok *tok;
@@ -38,7 +39,5 @@ extern const char harmony_browser_text[], harmony_python_text[]; /* sections of 
 orcd_status harmony_schema(const json_t *schema, bool plain, buf *out, orcd_error *err) ORCD_MUST_USE;
 /* True when a schema admits the empty object only. */
 bool harmony_schema_is_empty(const json_t *schema);
-/* Append JSON without spaces, numbers in their shortest form. */
-void harmony_json(const json_t *v, buf *out);
 
 #endif

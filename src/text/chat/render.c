@@ -166,7 +166,7 @@ static size_t developer_message(renderer *r) {
             buf_add(&b, c->format->description.data, c->format->description.len);
             buf_char(&b, '\n');
         }
-        harmony_json(c->format->schema, &b);
+        compact_json(c->format->schema, &b);
     }
     if (b.len && r->status == ORCD_OK)
         buf_message(r, "developer", &b);

@@ -15,24 +15,6 @@ typedef struct writer {
     int depth, n_node;
 } writer;
 
-void harmony_json(const json_t *v, buf *out) {
-    char *text = NULL;
-    for (size_t digits = 15; digits <= 17; digits++) {
-        free(text);
-        text = json_dumps(v, JSON_COMPACT | JSON_ENCODE_ANY | JSON_REAL_PRECISION(digits));
-        json_t *again = text ? json_loads(text, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL) : NULL;
-        bool exact = again && json_equal(again, v);
-        json_decref(again);
-        if (exact)
-            break;
-    }
-    if (text)
-        buf_str(out, text);
-    else
-        out->failed = true;
-    free(text);
-}
-
 static void spaces(const writer *w, size_t n) {
     while (n--)
         buf_char(w->out, ' ');
@@ -116,7 +98,7 @@ static void write_default(writer *w, const json_t *s) {
         add(w, v);
         buf_str(w->out, quote);
     } else {
-        harmony_json(v, w->out);
+        compact_json(v, w->out);
     }
 }
 
