@@ -576,6 +576,7 @@ static bool follows(const fixture *f, harmony_mask *m, const char *sampled) {
     bool all = true;
     for (size_t i = 0; i < v.n && all; i++) {
         all = allowed(harmony_mask_next(m, p), v.data[i]);
+        harmony_mask_feed(m, p, v.data[i]);
         harmony_feed(p, v.data[i]);
     }
     harmony_parser_close(p);
@@ -597,6 +598,37 @@ static void required_masks_answers_until_a_call(void **state) {
     assert_false(follows(f, m, CALL("put.it")));
     assert_false(follows(f, m, "text"));
     harmony_mask_close(m);
+}
+
+static void an_answer_follows_its_grammar_from_its_first_token_on(void **state) {
+    static const struct {
+        const char *sampled;
+        bool allowed;
+    } t[] = {{FINAL "7<|return|>", true},
+             {FINAL "71<|return|>", true},
+             {ANALYSIS "9" NEXT FINAL "71<|return|>", true},
+             {FINAL "<|return|>", false},
+             {FINAL "9", false},
+             {FINAL "71 ", false},
+             {FINAL "7<|end|>", false},
+             {"<|channel|>commentary<|message|>7", false}};
+    const fixture *f = *state;
+    json_t *schema = json_pack("{s:[i,i]}", "enum", 7, 71);
+    harmony_mask_options o = {.final = true, .n_vocab = tok_n_vocab(f->tiny)};
+    grammar_vocab *vocab = NULL;
+    assert_int_equal(grammar_compile(schema, &o.answer, NULL), ORCD_OK);
+    assert_int_equal(grammar_vocab_open(f->tiny, o.n_vocab, &vocab), ORCD_OK);
+    o.vocab = vocab;
+    for (size_t i = 0; i < ORCD_COUNT(t); i++) {
+        harmony_mask *m = NULL;
+        assert_int_equal(harmony_mask_open(f->h, &o, &m, NULL), ORCD_OK);
+        if (follows(f, m, t[i].sampled) != t[i].allowed)
+            fail_msg("%s", t[i].sampled);
+        harmony_mask_close(m);
+    }
+    grammar_vocab_close(vocab);
+    grammar_close(o.answer);
+    json_decref(schema);
 }
 
 static void none_masks_recipients(void **state) {
@@ -662,6 +694,7 @@ int main(void) {
         cmocka_unit_test(no_body_is_lost_when_one_token_is),
         cmocka_unit_test(long_headers_take_linear_time),
         cmocka_unit_test(required_masks_answers_until_a_call),
+        cmocka_unit_test(an_answer_follows_its_grammar_from_its_first_token_on),
         cmocka_unit_test(none_masks_recipients),
         cmocka_unit_test(named_forces_the_name),
     };

@@ -6,6 +6,7 @@
 #define ORCD_TEXT_CHAT_HARMONY_H
 
 #include "text/chat/chat.h"
+#include "text/grammar/grammar.h"
 #include "text/tokenizer.h"
 
 /* The control tokens of one tokenizer, looked up by name. Immutable and thread-safe; the tokenizer must outlive it. */
@@ -109,12 +110,16 @@ typedef struct harmony_mask_options {
     bool final;      /* answering is allowed; without it stop tokens are masked until a call is complete */
     bool preamble;   /* content before a call is allowed */
     int32_t n_vocab; /* of the model: the length of the bitset, at least the tokenizer's */
+    grammar *answer; /* that the answer follows; NULL = it is free. Then `vocab` must outlive the mask */
+    const grammar_vocab *vocab;
 } harmony_mask_options;
 
 typedef struct harmony_mask harmony_mask;
 orcd_status harmony_mask_open(const harmony *h, const harmony_mask_options *o, harmony_mask **out,
                               orcd_error *err) ORCD_MUST_USE;
 void harmony_mask_close(harmony_mask *m); /* accepts NULL */
+/* Call it with each id before harmony_feed. */
+void harmony_mask_feed(harmony_mask *m, const harmony_parser *p, int32_t id);
 /* Bitset of the ids that may follow what `p` was fed, valid until the next call; bit id % 32 of word id / 32. */
 const uint32_t *harmony_mask_next(harmony_mask *m, const harmony_parser *p);
 

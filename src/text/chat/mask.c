@@ -11,8 +11,9 @@ struct harmony_mask {
     ids *form; /* the headers that are allowed, from <|channel|> to <|message|>: reasoning, preamble, ... */
     size_t n_form;
     ids assistant;
-    uint32_t *text; /* ids of text */
-    uint32_t *set;  /* what harmony_mask_next returns */
+    grammar_run *answer; /* NULL: it is free */
+    uint32_t *text;      /* ids of text */
+    uint32_t *set;       /* what harmony_mask_next returns */
 };
 
 static void allow(uint32_t *set, int32_t id) {
@@ -71,6 +72,8 @@ orcd_status harmony_mask_open(const harmony *h, const harmony_mask_options *o, h
         bool builtin = harmony_is_builtin(o->name[i], true, true);
         ORCD_TRY_GOTO(status, done, add_form(m, builtin ? "analysis" : "commentary", &o->name[i], builtin));
     }
+    if (o->answer)
+        ORCD_TRY_GOTO(status, done, grammar_run_open(o->answer, o->vocab, &m->answer));
     *out = m;
     m = NULL;
 done:
@@ -87,6 +90,7 @@ void harmony_mask_close(harmony_mask *m) {
         ids_free(&m->form[i]);
     free(m->form);
     ids_free(&m->assistant);
+    grammar_run_close(m->answer);
     free(m->text);
     free(m->set);
     free(m);
@@ -111,6 +115,13 @@ static bool is_spent(const harmony_mask *m, const harmony_parser *p, size_t form
     return !m->final && ((form == 0 && p->said_reasoning) || (form == 1 && m->preamble && p->said_content));
 }
 
+void harmony_mask_feed(harmony_mask *m, const harmony_parser *p, int32_t id) {
+    size_t len;
+    const char *bytes = tok_bytes(m->h->tok, id, &len);
+    if (m->answer && harmony_in_answer(p) && !tok_is_special(m->h->tok, id))
+        grammar_run_feed(m->answer, bytes, len);
+}
+
 const uint32_t *harmony_mask_next(harmony_mask *m, const harmony_parser *p) {
     size_t n_word = ((size_t)m->n_vocab + 31) / 32;
     memset(m->set, 0, n_word * sizeof *m->set);
@@ -124,6 +135,10 @@ const uint32_t *harmony_mask_next(harmony_mask *m, const harmony_parser *p) {
     } else if (p->state == PARSE_BETWEEN) {
         allow(m->set, m->h->start);
         if (m->final && p->said_content)
+            allow(m->set, m->h->ret);
+    } else if (m->answer && harmony_in_answer(p)) {
+        memcpy(m->set, grammar_run_mask(m->answer), n_word * sizeof *m->set);
+        if (grammar_run_complete(m->answer))
             allow(m->set, m->h->ret);
     } else {
         memcpy(m->set, m->text, n_word * sizeof *m->set);
