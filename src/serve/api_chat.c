@@ -190,17 +190,12 @@ static bool read_choice(const job *j, chat_request *q, req_error *err) {
 static bool refuse_unsupported(const job *j, req_error *err) {
     static const char *const name[] = {"functions",    "function_call", "chat_template",  "audio",  "guided_json",
                                        "guided_regex", "guided_choice", "guided_grammar", "grammar"};
-    const json_t *format = json_object_get(j->body, "response_format");
-    const char *type = json_string_value(json_object_get(format, "type"));
     for (size_t i = 0; i < ORCD_COUNT(name); i++) {
         const json_t *v = json_object_get(j->body, name[i]);
         if (v && !json_is_null(v))
             return req_fail(err, 400, "unsupported_parameter", name[i], "%s is not supported", name[i]);
     }
-    if (!format || json_is_null(format) || (type && strcmp(type, "text") == 0))
-        return true;
-    return req_fail(err, 400, "unsupported_parameter", "response_format",
-                    "response_format of type \"%.30s\" is not supported", type ? type : "?");
+    return true;
 }
 
 static bool read_request(const job *j, chat_request *q, req_error *err) {
@@ -211,6 +206,7 @@ static bool read_request(const job *j, chat_request *q, req_error *err) {
         return req_fail(err, 400, "invalid_value", "top_logprobs", "top_logprobs needs logprobs to be true");
     q->top_logprobs = l.logprobs ? (int)l.top : -1;
     return refuse_unsupported(j, err) && chat_read_effort(q, j->body, err) && read_tools(j, q, err) &&
+           chat_read_format(q, json_object_get(j->body, "response_format"), "response_format", err) &&
            read_choice(j, q, err) && read_messages(j, q, err);
 }
 

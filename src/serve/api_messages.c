@@ -266,9 +266,8 @@ static bool read_thinking(const job *j, messages *q, req_error *err) {
     const char *effort = str_of(config, "effort");
     const json_t *format = json_object_get(config, "format");
     q->chat.hide_reasoning = !json_is_object(v) || is(v, "type", "disabled") || is(v, "display", "omitted");
-    if (format && !json_is_null(format))
-        return req_fail(err, 400, "unsupported_parameter", "output_config.format",
-                        "output_config.format is not supported");
+    if (!chat_read_format(&q->chat, format, "output_config.format", err))
+        return false;
     if (is(v, "type", "disabled"))
         q->chat.effort = CHAT_EFFORT_LOW;
     if (effort && !chat_effort_of(effort, &q->chat.effort))

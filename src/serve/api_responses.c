@@ -75,13 +75,13 @@ static bool add_tool(responses *q, const json_t *v, const char *space, bool cust
 /* A tool that takes free text is a function of one string. */
 static bool add_custom(responses *q, const json_t *v, const char *space, req_error *err) {
     const json_t *format = json_object_get(v, "format");
-    const char *grammar = str_of(format, "definition"), *syntax = str_of(format, "syntax");
+    const char *rules = str_of(format, "definition"), *syntax = str_of(format, "syntax");
     const char *description = str_of(v, "description");
     json_t *schema = json_pack("{s:s, s:{s:{s:s, s:s}}, s:[s]}", "type", "object", "properties", "input", "type",
                                "string", "description", "The whole input of the tool.", "required", "input");
     chat_str text =
-        keep_text(q, err, "%s%s%s%s%s", description ? description : "", grammar ? "\n\nIts input must match this " : "",
-                  grammar ? (syntax ? syntax : "") : "", grammar ? " grammar:\n" : "", grammar ? grammar : "");
+        keep_text(q, err, "%s%s%s%s%s", description ? description : "", rules ? "\n\nIts input must match this " : "",
+                  rules ? (syntax ? syntax : "") : "", rules ? " grammar:\n" : "", rules ? rules : "");
     if (!schema || !text.data || json_array_append_new(q->kept, schema) != 0)
         return req_fail(err, 503, "out_of_memory", NULL, "out of memory");
     return add_tool(q, v, space, true, text, schema, err);
@@ -301,15 +301,12 @@ static bool read_items(const job *j, responses *q, req_error *err) {
 /* What would change the answer and is not there is refused, never ignored. */
 static bool refuse_unsupported(const job *j, req_error *err) {
     static const char *const name[] = {"conversation", "prompt"};
-    const char *type = str_of(json_object_get(json_object_get(j->body, "text"), "format"), "type");
     for (size_t i = 0; i < ORCD_COUNT(name); i++) {
         const json_t *v = json_object_get(j->body, name[i]);
         if (v && !json_is_null(v))
             return req_fail(err, 400, "unsupported_parameter", name[i], "%s is not supported", name[i]);
     }
-    return !type || strcmp(type, "text") == 0 ||
-           req_fail(err, 400, "unsupported_parameter", "text.format", "text.format of type \"%.30s\" is not supported",
-                    type);
+    return true;
 }
 
 static bool read_request(const job *j, responses *q, req_error *err) {
@@ -329,8 +326,10 @@ static bool read_request(const job *j, responses *q, req_error *err) {
         q->chat.o.max_tokens = f.max;
     q->store = f.store;
     q->previous = str_of(j->body, "previous_response_id");
-    return refuse_unsupported(j, err) && chat_read_effort(&q->chat, j->body, err) && read_tools(j, q, err) &&
-           read_choice(j, q, err) && read_items(j, q, err);
+    const json_t *format = json_object_get(json_object_get(j->body, "text"), "format");
+    return refuse_unsupported(j, err) && chat_read_effort(&q->chat, j->body, err) &&
+           chat_read_format(&q->chat, format, "text.format", err) && read_tools(j, q, err) && read_choice(j, q, err) &&
+           read_items(j, q, err);
 }
 
 /* The request at j->data, or NULL after refusing. */

@@ -21,6 +21,8 @@ void chat_request_free(chat_request *q) {
     free(q->message);
     free(q->tool);
     free(q->allowed);
+    grammar_close(q->answer);
+    json_decref(q->object);
     ids_free(&q->prompt);
 }
 
@@ -135,6 +137,30 @@ bool chat_read_effort(chat_request *q, const json_t *body, req_error *err) {
            read_effort_word(q, json_object_get(body, "reasoning_effort"), "reasoning_effort", err);
 }
 
+/* ---- the answer's format ---- */
+
+bool chat_read_format(chat_request *q, const json_t *format, const char *where, req_error *err) {
+    orcd_error e;
+    const char *type = json_string_value(json_object_get(format, "type"));
+    const json_t *inner = json_object_get(format, "json_schema"), *of = inner ? inner : format;
+    if (!format || json_is_null(format) || (type && strcmp(type, "text") == 0))
+        return true;
+    if (!type || (strcmp(type, "json_object") != 0 && strcmp(type, "json_schema") != 0))
+        return req_fail(err, 400, "invalid_value", where, "%s.type must be text, json_object or json_schema", where);
+    q->format = (chat_format){chat_json_str(json_object_get(of, "name")),
+                              chat_json_str(json_object_get(of, "description")), json_object_get(of, "schema")};
+    if (!q->format.name.len)
+        q->format.name = chat_str_of(type);
+    if (!q->format.schema)
+        q->format.schema = q->object = json_pack("{s:s}", "type", "object");
+    if (!q->format.schema)
+        return no_memory(err);
+    orcd_status st = grammar_compile(q->format.schema, &q->answer, &e);
+    if (st == ORCD_ERR_NOMEM)
+        return no_memory(err);
+    return st == ORCD_OK || req_fail(err, 400, "invalid_json_schema", where, "%s: %s", where, e.message);
+}
+
 /* ---- calls that this server made ---- */
 
 static const char *text_of(chat_request *q, chat_str s) {
@@ -176,7 +202,7 @@ static bool check_choice(chat_request *q, req_error *err) {
         if (!is_declared(q, q->allowed[i]))
             return req_fail(err, 400, "invalid_value", "tool_choice", "tool_choice names \"%.*s\", which is no tool",
                             (int)(q->allowed[i].len < 60 ? q->allowed[i].len : 60), q->allowed[i].data);
-    if (q->choice == TOOL_REQUIRED && q->n_allowed == 0)
+    if ((q->choice == TOOL_REQUIRED || (q->answer && q->choice == TOOL_AUTO)) && q->n_allowed == 0)
         for (size_t i = 0; i < q->n_tool; i++)
             if (!chat_allow(q, q->tool[i].name, err))
                 return false;
@@ -192,9 +218,11 @@ static void submit(job *j, chat_request *q, const harmony_prompt *p) {
     harmony_mask_options mask = {.name = q->allowed,
                                  .n_name = q->n_allowed,
                                  .final = q->choice != TOOL_REQUIRED,
-                                 .preamble = true,
-                                 .n_vocab = j->s->info->n_vocab};
-    bool masked = (q->choice == TOOL_NONE && q->n_tool) || q->choice == TOOL_REQUIRED || q->n_allowed;
+                                 .preamble = !q->answer,
+                                 .n_vocab = j->s->info->n_vocab,
+                                 .answer = q->answer,
+                                 .vocab = j->s->vocab};
+    bool masked = q->answer || (q->choice == TOOL_NONE && q->n_tool) || q->choice == TOOL_REQUIRED || q->n_allowed;
     int64_t budget = q->max_reasoning ? q->max_reasoning : j->s->p.max_reasoning;
     job_plan plan = {
         .gen = {.request = {.top_logprobs = q->top_logprobs, .boundary = p->boundary, .n_boundary = (int)p->n_boundary},
@@ -233,6 +261,7 @@ static bool render(job *j, chat_request *q, const char *messages, harmony_prompt
                     .n_message = q->n_message,
                     .tool = q->tool,
                     .n_tool = q->n_tool,
+                    .format = q->format.schema ? &q->format : NULL,
                     .effort = q->effort,
                     .date = chat_str_of(date)};
     if (harmony_render(j->s->harmony, &c, 0, p, &e) == ORCD_OK)

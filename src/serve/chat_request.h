@@ -28,6 +28,9 @@ typedef struct chat_request { /* zero-initialise; free with chat_request_free */
     size_t n_tool, cap_tool;
     chat_str *allowed; /* names that may be called; none = all */
     size_t n_allowed, cap_allowed;
+    chat_format format; /* schema NULL = free text */
+    grammar *answer;    /* of that schema */
+    json_t *object;     /* the schema where the request gives none */
     struct block *block;
     ids prompt;
 } chat_request;
@@ -47,6 +50,8 @@ bool chat_read_text(chat_request *q, const json_t *v, const char *where, chat_st
 /* reasoning_effort, reasoning: {effort, exclude, max_tokens}, chat_template_kwargs.reasoning_effort, think,
  * include_reasoning, max_reasoning_tokens. */
 bool chat_read_effort(chat_request *q, const json_t *body, req_error *err);
+/* response_format, text.format, output_config.format: text, json_object or json_schema. */
+bool chat_read_format(chat_request *q, const json_t *format, const char *where, req_error *err);
 /* Give the message the tokens that the server sampled for this call, when it remembers them. */
 void chat_recall(const job *j, chat_request *q, chat_call *call);
 

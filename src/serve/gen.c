@@ -154,6 +154,8 @@ static void take_harmony(gen *g, const eng_token *t) {
                          .token = t,
                          .answer = harmony_in_answer(g->parser) && !tok_is_special(g->tok, t->id)});
     g->force.n = 0;
+    if (g->mask)
+        harmony_mask_feed(g->mask, g->parser, t->id);
     harmony_feed(g->parser, t->id);
 }
 

@@ -141,7 +141,8 @@ struct server {
     eng *engine;
     const eng_info *info;
     const tok *tok;
-    harmony *harmony; /* NULL: the model has no chat format */
+    harmony *harmony;     /* NULL: the model has no chat format */
+    grammar_vocab *vocab; /* for answers that follow a schema; with `harmony` */
     replay *replay;
     store *responses; /* the conversations behind previous_response_id */
     http *http;

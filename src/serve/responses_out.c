@@ -29,8 +29,13 @@ static void echo(const job *j, json_t *o, const char *name, const char *otherwis
 }
 
 static json_t *text_field(const job *j) {
-    const char *verbosity = json_string_value(json_object_get(json_object_get(j->body, "text"), "verbosity"));
-    return json_pack("{s:{s:s}, s:s}", "format", "type", "text", "verbosity", verbosity ? verbosity : "medium");
+    const json_t *text = json_object_get(j->body, "text");
+    const char *verbosity = json_string_value(json_object_get(text, "verbosity"));
+    json_t *format = json_object_get(text, "format");
+    json_t *o = json_pack("{s:{s:s}, s:s}", "format", "type", "text", "verbosity", verbosity ? verbosity : "medium");
+    if (json_is_object(format))
+        json_object_set(o, "format", format);
+    return o;
 }
 
 static json_t *reasoning_field(const job *j) {

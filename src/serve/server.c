@@ -102,8 +102,10 @@ orcd_status server_open(const server_params *p, server **out, orcd_error *err) {
     pthread_cond_init(&s->wake, NULL);
     ORCD_TRY_GOTO(st, done, replay_open(REPLAY_BYTES, &s->replay, err));
     ORCD_TRY_GOTO(st, done, store_open(STORE_BYTES, &s->responses, err));
-    if (s->info->has_harmony)
+    if (s->info->has_harmony) {
         ORCD_TRY_GOTO(st, done, harmony_open(s->tok, &s->harmony, err));
+        ORCD_TRY_GOTO(st, done, grammar_vocab_open(s->tok, s->info->n_vocab, &s->vocab));
+    }
     for (; s->n_desk < (int)ORCD_COUNT(s->desk); s->n_desk++)
         if (pthread_create(&s->desk[s->n_desk], NULL, job_desk, s) != 0) {
             st = orcd_fail(err, ORCD_ERR_NOMEM, "a thread could not be started");
@@ -139,6 +141,7 @@ void server_close(server *s) {
         pthread_join(s->desk[i], NULL);
     http_close(s->http);
     harmony_close(s->harmony);
+    grammar_vocab_close(s->vocab);
     replay_close(s->replay);
     store_close(s->responses);
     pthread_cond_destroy(&s->wake);

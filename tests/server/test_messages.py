@@ -121,6 +121,11 @@ class Events(unittest.TestCase):
 
 
 class Requests(unittest.TestCase):
+    def test_answer_follows_a_schema(self):
+        schema = {"type": "object", "properties": {"mood": {"enum": ["calm", "merry"]}}, "required": ["mood"]}
+        r = ask(output_config={"format": {"type": "json_schema", "schema": schema}})
+        self.assertIn(json.loads(r["content"][-1]["text"]), ({"mood": "calm"}, {"mood": "merry"}))
+
     def test_any_model_name(self):
         self.assertEqual(ask(model="claude-haiku-4-5")["model"], "claude-haiku-4-5")
 
@@ -172,7 +177,7 @@ class Requests(unittest.TestCase):
         for more in ({"max_tokens": None}, {"messages": []}, {"messages": user([{"type": "image", "source": {}}])},
                      {"tool_choice": {"type": "tool", "name": "none"}}, {"messages": user("word " * 9000)},
                      {"messages": [{"role": "robot", "content": ""}]},
-                     {"output_config": {"format": {"type": "json_schema"}}}):
+                     {"output_config": {"format": {"type": "json_schema", "schema": {"type": "string", "not": {}}}}}):
             status, r = server.json("/v1/messages", body(**more))
             self.assertEqual((status, r["type"], r["error"]["type"]), (400, "error", "invalid_request_error"), r)
             self.assertEqual(set(r), {"type", "error"})

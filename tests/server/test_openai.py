@@ -1,10 +1,12 @@
 """The official Python client, unchanged, against orcd serve."""
 import json
 import threading
+import typing
 import unittest
 
 try:
     import openai
+    import pydantic
 except ImportError:
     raise unittest.SkipTest("the package openai is not there")
 
@@ -31,6 +33,57 @@ def chat(messages=None, **more):
     messages = messages or [{"role": "user", "content": "Who are you?"}]
     return client.chat.completions.create(**{"model": "any-name", "messages": messages, "temperature": 0,
                                              "max_tokens": 400, **more})
+
+
+def json_schema(schema):
+    return {"type": "json_schema", "json_schema": {"name": "thing", "strict": True, "schema": schema}}
+
+
+class Friend(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=20)
+    mood: typing.Literal["calm", "merry", "sad"]
+    age: typing.Optional[int]
+    friends: list["Friend"] = pydantic.Field(max_length=2)
+
+
+class Structured(unittest.TestCase):
+    """The model is small and knows nothing of JSON: what it writes must follow the schema all the same."""
+
+    def test_parse(self):
+        for seed in range(6):
+            r = client.chat.completions.parse(model="x", messages=[{"role": "user", "content": "Who are you?"}],
+                                              response_format=Friend, seed=seed, temperature=1, max_tokens=4000)
+            self.assertEqual(r.choices[0].finish_reason, "stop")
+            self.assertIsInstance(r.choices[0].message.parsed, Friend)
+            self.assertTrue(r.choices[0].message.reasoning)
+        r = client.responses.parse(model="x", input="Who are you?", text_format=Friend, max_output_tokens=4000)
+        self.assertIsInstance(r.output_parsed, Friend)
+        self.assertEqual(r.text.format.type, "json_schema")
+
+    def test_stream_and_several(self):
+        schema = {"type": "object", "properties": {"a": {"enum": [1, "two", None]}, "b": {"type": "boolean"}}}
+        more = {"response_format": json_schema(schema), "temperature": 1, "seed": 3, "n": 4}
+        whole = [c.message.content for c in chat(**more).choices]
+        text = [""] * 4
+        for chunk in chat(stream=True, **more):
+            for c in chunk.choices:
+                text[c.index] += c.delta.content or ""
+        self.assertEqual(text, whole)
+        for v in map(json.loads, whole):
+            self.assertLessEqual(set(v), {"a", "b"})
+            self.assertIn(v.get("a"), (1, "two", None))
+
+    def test_object(self):
+        for schema in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "any"}}):
+            r = chat(response_format=schema, temperature=1, seed=5)
+            if r.choices[0].finish_reason == "stop":
+                self.assertIsInstance(json.loads(r.choices[0].message.content), dict)
+
+    def test_tools_stay(self):
+        schema = json_schema({"type": "object", "properties": {}, "additionalProperties": False})
+        self.assertEqual(chat(ASK, tools=TOOLS, response_format=schema).choices[0].finish_reason, "tool_calls")
+        self.assertEqual(chat(ASK, tools=TOOLS, tool_choice="none", response_format=schema).choices[0].message.content,
+                         "{}")
 
 
 class Chat(unittest.TestCase):
@@ -347,7 +400,9 @@ class Errors(unittest.TestCase):
         self.bad("messages", tools=[{"type": "function", "function": {"name": "bad name<|message|>"}}])
 
     def test_unsupported_is_refused_and_never_ignored(self):
-        self.bad("response_format", "unsupported_parameter", response_format={"type": "json_object"})
+        self.bad("response_format", response_format={"type": "regex"})
+        self.bad("response_format", "invalid_json_schema", response_format=json_schema({"type": "string", "pattern": "a*"}))
+        self.bad("response_format", "invalid_json_schema", response_format=json_schema({"$ref": "#"}))
         self.bad("chat_template", "unsupported_parameter", extra_body={"chat_template": "{{x}}"})
         self.bad("suffix", "unsupported_parameter", prompt="x", suffix="y")
         self.assertTrue(chat(response_format={"type": "text"}).choices)

@@ -242,6 +242,13 @@ class Requests(unittest.TestCase):
         self.assertEqual((r["text"]["verbosity"], r["truncation"], r["metadata"]), ("low", "auto", {"a": "b"}))
         self.assertIn("ignored", server.log())
 
+    def test_answer_follows_a_schema(self):
+        form = {"type": "json_schema", "name": "mood", "schema": {
+            "type": "object", "properties": {"mood": {"enum": ["calm", "merry"]}}, "required": ["mood"]}}
+        r = ask(text={"format": form})
+        self.assertIn(json.loads(texts(r, "message")), ({"mood": "calm"}, {"mood": "merry"}))
+        self.assertEqual(r["text"]["format"], form)
+
     def test_refused(self):
         self.fails(400, "missing_required_parameter", input=None)
         self.fails(400, "invalid_value", tools=[WEATHER], tool_choice={"type": "function", "name": "other"})
