@@ -87,6 +87,21 @@ static void texts__that_follow_their_schema_and_no_others(void **state) {
          {"0", "-0", "17", "-123456789012345678"},
          {"1.0", "1e3", "007", "-", "1234567890123456789"}},
         {"{\"type\":\"number\"}", {"0.5", "-1e-7", "12E+10", "3"}, {".5", "1.e3", "1e", "1e999", "0x1", "Infinity"}},
+        {"{\"type\":\"integer\",\"minimum\":-5,\"maximum\":120}",
+         {"-5", "0", "-0", "7", "99", "120"},
+         {"-6", "121", "-10", "200", "1000", "7.0"}},
+        {"{\"type\":\"integer\",\"exclusiveMinimum\":99.5,\"exclusiveMaximum\":1000}",
+         {"100", "999", "500"},
+         {"99", "1000", "5", "-100", "0", "1001"}},
+        {"{\"minimum\":0.1,\"exclusiveMaximum\":1}",
+         {"0.1", "0.100001", "0.999999", "0.5"},
+         {"0.0999", "1", "0", "1.0", "-0.5", "5e-1", "0.1000001"}},
+        {"{\"type\":\"number\",\"maximum\":-2.5}",
+         {"-2.5", "-2.500001", "-3", "-999999999999"},
+         {"-2.4", "0", "2.5", "-0"}},
+        {"{\"type\":\"integer\",\"minimum\":123456789012345670}",
+         {"123456789012345670", "999999999999999999"},
+         {"123456789012345669", "12", "-123456789012345671"}},
         {"{\"type\":[\"boolean\",\"null\"]}", {"true", "false", "null"}, {"0", "\"true\"", "tru"}},
         {"{\"enum\":[1,10,\"a\",\"ab\",null,[1,{\"k\":2}],1]}",
          {"1", "10", "\"a\"", "\"ab\"", "null", "[1,{\"k\":2}]"},
@@ -137,6 +152,46 @@ static void texts__that_follow_their_schema_and_no_others(void **state) {
     }
 }
 
+/* Whatever the bounds, in hundredths for numbers: those between them can be written and no others. */
+static void numbers__are_those_of_their_range(void **state) {
+    (void)state;
+    uint64_t rng = 4;
+    for (int round = 0; round < 24; round++) {
+        int a = (int)t_below(&rng, 400) - 150, b = a + (int)t_below(&rng, 150), per = round % 2 ? 100 : 1;
+        char schema[160], text[32];
+        snprintf(schema, sizeof schema, "{\"type\":\"%s\",\"%s\":%.2f,\"%s\":%.2f}", per > 1 ? "number" : "integer",
+                 round % 3 ? "minimum" : "exclusiveMinimum", (double)a / per - (round % 3 ? 0 : 0.01),
+                 round % 3 ? "maximum" : "exclusiveMaximum", (double)b / per + (round % 3 ? 0 : 0.01));
+        grammar *g = compile(schema);
+        for (int v = -200; v < 500; v += 1 + (int)t_below(&rng, 3)) {
+            snprintf(text, sizeof text, per > 1 ? "%.2f" : "%.0f", (double)v / per);
+            if (accepts(g, text) != (v >= a && v <= b))
+                fail_msg("%s and %s", schema, text);
+        }
+        for (int walk = 0; walk < 20; walk++) { /* nothing is begun that cannot be ended */
+            grammar_run *r = begin(g);
+            for (int n = 0; n < 40; n++) {
+                const uint32_t *mask = grammar_run_mask(r);
+                char may[16];
+                int n_may = 0;
+                for (const char *c = "-.0123456789"; *c; c++) {
+                    ids id = {0};
+                    assert_int_equal(tok_encode(tokens, c, 1, false, &id), ORCD_OK);
+                    if (id.n == 1 && mask[id.data[0] / 32] >> id.data[0] % 32 & 1)
+                        may[n_may++] = *c;
+                    ids_free(&id);
+                }
+                if (!n_may)
+                    break;
+                assert_true(grammar_run_feed(r, &may[t_below(&rng, (uint64_t)n_may)], 1));
+            }
+            assert_true(grammar_run_complete(r));
+            grammar_run_close(r);
+        }
+        grammar_close(g);
+    }
+}
+
 static void schemas__that_cannot_be_obeyed_are_refused(void **state) {
     (void)state;
     static const struct {
@@ -144,7 +199,11 @@ static void schemas__that_cannot_be_obeyed_are_refused(void **state) {
         orcd_status status;
     } t[] = {
         {"{\"type\":\"string\",\"pattern\":\"(a*)*\"}", "\"pattern\"", ORCD_ERR_UNSUPPORTED},
-        {"{\"properties\":{\"a\":{\"minimum\":1}}}", "\"minimum\"", ORCD_ERR_UNSUPPORTED},
+        {"{\"properties\":{\"a\":{\"multipleOf\":1}}}", "\"multipleOf\"", ORCD_ERR_UNSUPPORTED},
+        {"{\"type\":\"integer\",\"minimum\":3.2,\"maximum\":3.9}", "no value", ORCD_ERR_UNSUPPORTED},
+        {"{\"type\":\"integer\",\"exclusiveMinimum\":3,\"exclusiveMaximum\":4}", "no value", ORCD_ERR_UNSUPPORTED},
+        {"{\"minimum\":1e300}", "no value", ORCD_ERR_UNSUPPORTED},
+        {"{\"minimum\":\"1\"}", "minimum", ORCD_ERR_FORMAT},
         {"{\"anyOf\":[{\"type\":\"null\"}],\"type\":\"null\"}", "\"type\"", ORCD_ERR_UNSUPPORTED},
         {"{\"$ref\":\"#/$defs/a\",\"minLength\":1,\"$defs\":{\"a\":true}}", "\"minLength\"", ORCD_ERR_UNSUPPORTED},
         {"{\"oneOf\":[true]}", "\"oneOf\"", ORCD_ERR_UNSUPPORTED},
@@ -253,11 +312,12 @@ static void schemas__of_any_size_end_soon(void **state) {
 static const char *const shapes[] = {
     "{\"type\":\"object\"}",
     "{\"type\":\"object\",\"properties\":{\"name\":{\"type\":\"string\",\"maxLength\":12},\"age\":{\"type\":"
-    "\"integer\"},"
+    "\"integer\",\"minimum\":13,\"maximum\":212},"
     "\"tags\":{\"type\":\"array\",\"items\":{\"enum\":[\"red\",\"green\",\"rose\",\"ro\"]},\"maxItems\":4},"
     "\"more\":{\"anyOf\":[{\"$ref\":\"#\"},{\"type\":\"null\"}]}},\"required\":[\"name\",\"tags\",\"more\"],"
     "\"additionalProperties\":false}",
-    "{\"anyOf\":[{\"type\":\"number\"},{\"type\":\"array\",\"items\":{\"$ref\":\"#\"},\"minItems\":1,\"maxItems\":3},"
+    "{\"anyOf\":[{\"minimum\":-0.7,\"maximum\":31.25},{\"type\":\"array\",\"items\":{\"$ref\":\"#\"},\"minItems\":1,"
+    "\"maxItems\":3},"
     "{\"enum\":[\"one\",\"once\",1,12,null]},{\"type\":\"string\",\"minLength\":3,\"maxLength\":30}]}",
     "{\"properties\":{\"on\":{\"type\":\"boolean\"}},\"additionalProperties\":{\"type\":\"string\",\"maxLength\":20}}",
 };
@@ -308,7 +368,7 @@ static void masks__lead_to_json_that_follows_the_schema(void **state) {
             grammar_run *r = begin(g);
             buf text = {0};
             int n = 0;
-            while (n++ < 400 && !(grammar_run_complete(r) && t_below(&rng, 2))) {
+            while (n++ < 4000 && !(grammar_run_complete(r) && t_below(&rng, 2))) {
                 size_t len;
                 const uint32_t *mask = grammar_run_mask(r);
                 if (round == 0 && n < 40 && n % 3 == 0)
@@ -320,7 +380,8 @@ static void masks__lead_to_json_that_follows_the_schema(void **state) {
                 assert_true(grammar_run_feed(r, bytes, len));
                 buf_add(&text, bytes, len);
             }
-            assert_true(grammar_run_complete(r));
+            if (!grammar_run_complete(r))
+                fail_msg("%s leads to %s and no further", shapes[i], text.data);
             assert_true(accepts(g, text.data));
             json_decref(parse(text.data));
             buf_free(&text);
@@ -349,6 +410,7 @@ static void masks__end_when_the_text_does(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(texts__that_follow_their_schema_and_no_others),
+        cmocka_unit_test(numbers__are_those_of_their_range),
         cmocka_unit_test(schemas__that_cannot_be_obeyed_are_refused),
         cmocka_unit_test(schemas__of_any_size_end_soon),
         cmocka_unit_test(masks__lead_to_json_that_follows_the_schema),

@@ -2,8 +2,10 @@
  * and text.
  *
  * What is written follows the schema, always; not everything that follows it can be written: members come in the
- * schema's order, names and constants are spelled in one way, numbers are no longer than a double or 18 digits, white
- * space is spaces and line breaks. A schema with a keyword that is not obeyed here is refused. */
+ * schema's order, names and constants are spelled in one way, numbers have at most 18 digits before the point and 17
+ * after it, in a range 12 and 6, and white space is a space or a line break with an indentation. A schema with a
+ * keyword that is not obeyed here is refused.
+ */
 #ifndef ORCD_TEXT_GRAMMAR_GRAMMAR_H
 #define ORCD_TEXT_GRAMMAR_GRAMMAR_H
 

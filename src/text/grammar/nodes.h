@@ -8,6 +8,7 @@
 
 #define GRAMMAR_LEVELS 64 /* of nesting in what is written */
 #define GRAMMAR_NONE (-1)
+#define GRAMMAR_BEYOND 1000000000000000000 /* any number in a range is smaller, in units of its last digit */
 
 typedef enum node_kind {
     NODE_CHOICE, /* of nodes that are no choices */
@@ -15,7 +16,6 @@ typedef enum node_kind {
     NODE_ARRAY,
     NODE_STRING,
     NODE_NUMBER,
-    NODE_INTEGER,
     NODE_LITERAL, /* one of some texts */
 } node_kind;
 
@@ -26,6 +26,10 @@ typedef struct node {
     int32_t min, max; /* ARRAY: items; STRING: characters; max INT32_MAX = any number */
     int32_t item;     /* ARRAY: its items; OBJECT: members without a node of their own; or GRAMMAR_NONE */
     int32_t levels;   /* of nesting that a value needs at least */
+    /* NUMBER: digits before and after the point, and, when `bounded`, the range in units of the last one */
+    bool bounded;
+    int whole, fraction;
+    int64_t low, high;
 } node;
 
 typedef struct text { /* those of one node are sorted by their bytes */

@@ -5,7 +5,7 @@
 #include "text/grammar/run.h"
 #include "text/utf8.h"
 
-enum { MAX_GAP = 64, MAX_WHOLE = 18, MAX_FRACTION = 17, MAX_EXPONENT = 2 }; /* indentation; digits */
+enum { MAX_GAP = 64, MAX_EXPONENT = 2 }; /* indentation; digits */
 
 enum { START, OPEN, NEXT, KEY, COLON, COMMA, TEXT, ESCAPE, HEX, HEX_END = HEX + 4 }; /* TEXT: of a string or free key */
 enum { MINUS = 1, ZERO, WHOLE, POINT, FRACTION, E, SIGN, EXPONENT };                 /* of numbers, after START */
@@ -119,37 +119,75 @@ static void step_literal(grammar_run *r, frame f, uint8_t c) {
 
 /* ---- numbers ---- */
 
-static bool is_number(const frame *f) {
-    return f->state == ZERO || f->state == WHOLE || f->state == FRACTION || f->state == EXPONENT;
+static int64_t ten_to(int n) {
+    int64_t v = 1;
+    while (n-- > 0)
+        v *= 10;
+    return v;
+}
+
+/* A number from `least` to `most`, in units of the last digit and without its sign, is in the range. */
+static bool in_range(const node *n, const frame *f, int64_t least, int64_t most) {
+    int64_t low = f->lead ? -n->high : n->low, high = f->lead ? -n->low : n->high;
+    return !n->bounded || (least <= high && most >= low);
+}
+
+/* What the digits so far can still become. */
+static bool fits_range(const node *n, const frame *f) {
+    bool any = f->state <= MINUS && in_range(n, f, 0, GRAMMAR_BEYOND - 1);
+    for (int more = 0; !any && f->state > MINUS && more <= (f->state == WHOLE ? n->whole - f->n : 0); more++) {
+        int64_t unit = ten_to(n->fraction - f->at + more);
+        any = in_range(n, f, f->value * unit, f->value * unit + unit - 1);
+    }
+    return any;
+}
+
+static bool is_number(const node *n, const frame *f) {
+    bool whole = f->state == ZERO || f->state == WHOLE || f->state == FRACTION || f->state == EXPONENT;
+    int64_t v = whole && n->bounded ? f->value * ten_to(n->fraction - f->at) : 0;
+    return whole && in_range(n, f, v, v);
+}
+
+static void go_number(grammar_run *r, frame f, int state) {
+    f.state = (uint8_t)state;
+    f.gap = 0;
+    if (!r->g->node[f.node].bounded || fits_range(&r->g->node[f.node], &f))
+        put(r, f);
 }
 
 /* One digit more of a part that has at most so many. */
-static void digit(grammar_run *r, frame f, int state, int most) {
+static void digit(grammar_run *r, frame f, int state, int value, int most) {
     f.n = f.state == state ? f.n + 1 : 1;
+    if (r->g->node[f.node].bounded) {
+        f.value = f.value * 10 + value;
+        f.at += state == FRACTION;
+    }
     if (f.n <= most)
-        go(r, f, state);
+        go_number(r, f, state);
 }
 
 static void step_number(grammar_run *r, frame f, uint8_t c) {
-    bool real = r->g->node[f.node].kind == NODE_NUMBER, is_digit = c >= '0' && c <= '9';
+    const node *n = &r->g->node[f.node];
+    bool is_digit = c >= '0' && c <= '9';
     int s = f.state;
-    if (s == START && c == '-')
-        go(r, f, MINUS);
-    else if ((s == START || s == MINUS) && c == '0')
-        go(r, f, ZERO);
+    if (s == START && c == '-') {
+        f.lead = 1;
+        go_number(r, f, MINUS);
+    } else if ((s == START || s == MINUS) && c == '0')
+        go_number(r, f, ZERO);
     else if (is_digit && (s == START || s == MINUS || s == WHOLE))
-        digit(r, f, WHOLE, MAX_WHOLE);
+        digit(r, f, WHOLE, c - '0', n->whole);
     else if (is_digit && (s == POINT || s == FRACTION))
-        digit(r, f, FRACTION, MAX_FRACTION);
+        digit(r, f, FRACTION, c - '0', n->fraction);
     else if (is_digit && (s == E || s == SIGN || s == EXPONENT))
-        digit(r, f, EXPONENT, MAX_EXPONENT);
-    else if (real && c == '.' && (s == ZERO || s == WHOLE))
-        go(r, f, POINT);
-    else if (real && (c == 'e' || c == 'E') && is_number(&f) && s != EXPONENT)
-        go(r, f, E);
+        digit(r, f, EXPONENT, c - '0', MAX_EXPONENT);
+    else if (n->fraction && c == '.' && (s == ZERO || s == WHOLE))
+        go_number(r, f, POINT);
+    else if (n->fraction && !n->bounded && (c == 'e' || c == 'E') && (s == ZERO || s == WHOLE || s == FRACTION))
+        go_number(r, f, E);
     else if (s == E && (c == '+' || c == '-'))
-        go(r, f, SIGN);
-    else if (is_number(&f))
+        go_number(r, f, SIGN);
+    else if (is_number(n, &f))
         after(r, &f, c);
 }
 
@@ -348,7 +386,6 @@ static void step(grammar_run *r, frame f, uint8_t c) {
             step_escape(r, f, c);
         break;
     case NODE_NUMBER:
-    case NODE_INTEGER:
         step_number(r, f, c);
         break;
     case NODE_LITERAL:
@@ -408,9 +445,9 @@ bool grammar_run_feed(grammar_run *r, const char *bytes, size_t len) {
 bool grammar_run_complete(const grammar_run *r) {
     for (int k = 0; k < r->level[0].n; k++) {
         const frame *f = &r->frame[r->way[k]];
-        node_kind kind = r->g->node[f->node].kind;
-        bool number = kind == NODE_NUMBER || kind == NODE_INTEGER;
-        if (r->way[k] == 0 || (f->up == 0 && (number ? is_number(f) : kind == NODE_LITERAL && is_whole(r->g, f))))
+        const node *n = &r->g->node[f->node];
+        if (r->way[k] == 0 || (f->up == 0 && ((n->kind == NODE_NUMBER && is_number(n, f)) ||
+                                              (n->kind == NODE_LITERAL && is_whole(r->g, f)))))
             return true;
     }
     return false;

@@ -9,13 +9,15 @@
  * what it made. */
 typedef struct frame {
     int32_t up, node;
-    int32_t n;       /* ARRAY: items begun; STRING: characters; OBJECT: first member that may come; numbers: digits */
+    int32_t
+        n; /* ARRAY: items begun; STRING: characters; OBJECT: first member that may come; numbers: digits of a part */
     int32_t lo, hi;  /* texts that begin as what is written does; COLON: lo is the member, or GRAMMAR_NONE */
-    int32_t at;      /* bytes of them written */
+    int32_t at;      /* bytes of them written; numbers: digits after the point */
+    int64_t value;   /* numbers in a range: the digits so far */
     int32_t depth;   /* objects and arrays around it */
     uint8_t state;   /* run.c */
     uint8_t gap;     /* white space in a row */
-    uint8_t lead, i; /* STRING: first byte of the character, index of its next byte; \u: first digit */
+    uint8_t lead, i; /* STRING: first byte of the character, index of its next byte; \u: first digit; numbers: minus */
 } frame;
 
 enum {

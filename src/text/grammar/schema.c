@@ -1,5 +1,6 @@
 /* From a JSON schema to nodes, one after the other: what a node refers to is put at the end of the list and made when
  * its turn comes, so that neither deep nor circular schemas need a deep stack. */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -291,6 +292,40 @@ static void make_string(build *b, node *n, const json_t *schema) {
     read_count(b, schema, "maxLength", INT32_MAX, &n->max);
 }
 
+/* A bound in units of 10^-fraction, up or down where it lies between two. more: 1 when it is no longer in. */
+static int64_t bound(const json_t *v, int fraction, bool up, int more) {
+    double x = json_number_value(v);
+    long double units = fraction ? 1e6L : 1, scaled = (long double)x * units, near = roundl(scaled);
+    if (fabsl(scaled) >= (long double)GRAMMAR_BEYOND)
+        return x < 0 ? -GRAMMAR_BEYOND : GRAMMAR_BEYOND;
+    if (json_is_integer(v) && !fraction)
+        return json_integer_value(v) + (up ? more : -more);
+    if ((double)(near / units) == x)
+        return (int64_t)near + (up ? more : -more);
+    return (int64_t)(up ? ceill(scaled) : floorl(scaled));
+}
+
+static void make_number(build *b, node *n, const json_t *schema, bool integer) {
+    static const char *const key[] = {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"};
+    n->kind = NODE_NUMBER;
+    n->low = -GRAMMAR_BEYOND;
+    n->high = GRAMMAR_BEYOND;
+    for (int k = 0; k < 4; k++)
+        n->bounded |= json_object_get(schema, key[k]) != NULL;
+    n->whole = integer || !n->bounded ? 18 : 12;
+    n->fraction = integer ? 0 : n->bounded ? 6 : 17;
+    for (int k = 0; k < 4; k++) {
+        const json_t *v = json_object_get(schema, key[k]);
+        int64_t at = bound(v, n->fraction, k < 2, k % 2);
+        if (v && !json_is_number(v))
+            malformed(b, key[k]);
+        else if (v && k < 2)
+            n->low = at > n->low ? at : n->low;
+        else if (v)
+            n->high = at < n->high ? at : n->high;
+    }
+}
+
 static void make_of_type(build *b, node *n, const json_t *schema, type t) {
     switch (t) {
     case OBJECT:
@@ -304,7 +339,7 @@ static void make_of_type(build *b, node *n, const json_t *schema, type t) {
         break;
     case NUMBER:
     case INTEGER:
-        n->kind = t == NUMBER ? NODE_NUMBER : NODE_INTEGER;
+        make_number(b, n, schema, t == INTEGER);
         break;
     case BOOLEAN:
     case NIL:
@@ -320,28 +355,37 @@ static void make_of_type(build *b, node *n, const json_t *schema, type t) {
     }
 }
 
-/* The type that keywords without one speak of; ANY when they speak of none. */
+/* Keywords of schemas that are no choices, and the type that each speaks of. */
+static const char *const typed[] = {"type",
+                                    "properties",
+                                    "required",
+                                    "additionalProperties",
+                                    "items",
+                                    "minItems",
+                                    "maxItems",
+                                    "minLength",
+                                    "maxLength",
+                                    "minimum",
+                                    "maximum",
+                                    "exclusiveMinimum",
+                                    "exclusiveMaximum",
+                                    NULL};
+static const type spoken_of[] = {ANY,    OBJECT, OBJECT, OBJECT, ARRAY,  ARRAY, ARRAY,
+                                 STRING, STRING, NUMBER, NUMBER, NUMBER, NUMBER};
+
+/* What is meant where there is no type; ANY when the keywords do not tell. */
 static type type_meant(const json_t *schema) {
-    static const struct {
-        const char *key;
-        type type;
-    } mean[] = {{"properties", OBJECT}, {"required", OBJECT}, {"additionalProperties", OBJECT},
-                {"items", ARRAY},       {"minItems", ARRAY},  {"maxItems", ARRAY},
-                {"minLength", STRING},  {"maxLength", STRING}};
-    for (size_t i = 0; i < ORCD_COUNT(mean); i++)
-        if (json_object_get(schema, mean[i].key))
-            return mean[i].type;
-    return ANY;
+    size_t i = 1;
+    while (typed[i] && !json_object_get(schema, typed[i]))
+        i++;
+    return typed[i] ? spoken_of[i] : ANY;
 }
 
 static void make_typed(build *b, node *n, const json_t *schema) {
-    static const char *const obeyed[] = {"type",      "properties", "required", "additionalProperties",
-                                         "items",     "minItems",   "maxItems", "minLength",
-                                         "maxLength", NULL};
     const json_t *types = json_object_get(schema, "type");
     size_t i;
     json_t *name;
-    if (!check_keywords(b, schema, obeyed))
+    if (!check_keywords(b, schema, typed))
         return;
     if (json_is_array(types))
         json_array_foreach(types, i, name) add_link(b, n, add_node(b, schema, type_named(name)));
@@ -425,6 +469,8 @@ static int32_t levels_of(const grammar *g, const node *n) {
         return n->min > n->max ? NO_LEVELS : 1 + (n->min > 0 ? g->node[n->item].levels : 0);
     case NODE_LITERAL:
         return n->n ? 0 : NO_LEVELS;
+    case NODE_NUMBER:
+        return n->low > n->high || n->low >= GRAMMAR_BEYOND || n->high <= -GRAMMAR_BEYOND ? NO_LEVELS : 0;
     default:
         return n->min > n->max ? NO_LEVELS : 0;
     }
