@@ -13,7 +13,7 @@ extern int cuda_n_fused(const be_device *d); /* steps that the fused kernels rec
 static int cuda_n_fused(const be_device *d) { return d ? 0 : 1; }
 #endif
 
-enum { MAX_LAYER = 2, CTX = 1088, STEP = 512, WINDOW = 128, TOP = 4, STREAMS = 8 };
+enum { MAX_LAYER = 2, CTX = 4160, STEP = 512, WINDOW = 128, TOP = 4, STREAMS = 8 };
 
 typedef struct shape {
     const char *name;
@@ -271,11 +271,12 @@ static int feed(const loaded *l, int slot, int from, int to, bool (*wanted)(int 
     return n_out;
 }
 
-/* Positions that decoding starts from: page, window and super-chunk edges. */
-static const int starts[] = {0, 62, 126, 510, 1022};
+/* Positions that decoding starts from: edges of pages, of the window, of super-chunks, of eight super-chunks. */
+static const int starts[] = {0, 62, 126, 510, 1022, 4094};
 enum { RUN = 5 };
 
-static int n_starts(void) { return quick ? 3 : (int)ORCD_COUNT(starts); }
+static bool far_too; /* the last of them as well */
+static int n_starts(void) { return quick ? 3 : (int)ORCD_COUNT(starts) - !far_too; }
 
 static bool is_decoded(int pos) {
     for (int i = 0; i < n_starts(); i++)
@@ -322,14 +323,15 @@ static const float *logits_at(const loaded *l, const float *want, int pos) {
     return NULL;
 }
 
-/* One step of n streams, each at its own position; all rows are wanted, or every other one. */
-static void step_streams(const loaded *l, int n, int ahead, bool all, const float *want, float *got) {
+/* One step of n streams from `first` on, each at its own position; all rows are wanted, or every other one. */
+static void step_streams(const loaded *l, int first, int n, int ahead, bool all, const float *want, float *got) {
     const int64_t width = l->m->s->n_vocab;
     op_batch b = {0};
     for (int k = 0; k < n; k++, b.b.n_tok++) {
-        b.pos[k] = stream_start(k) + ahead;
+        const int stream = (first + k) % STREAMS;
+        b.pos[k] = stream_start(stream) + ahead;
         b.token[k] = token_at(l, b.pos[k]);
-        b.slot[k] = 2 + k;
+        b.slot[k] = 2 + stream;
         if (all || k % 2)
             b.out_row[b.b.n_out++] = k;
     }
@@ -350,8 +352,9 @@ static void streams_equal_prefill(const loaded *l, const float *want, float *got
     for (int k = 0; k < STREAMS; k++)
         feed(l, 2 + k, 0, stream_start(k), NULL, NULL);
     for (int n = 2; n <= STREAMS; n++)
-        for (int ahead = 0; ahead < (quick ? 1 : AHEAD); ahead++)
-            step_streams(l, n, ahead, ahead != 1, want, got);
+        for (int first = 0; first < (quick ? 1 : n_starts()); first++)
+            for (int ahead = 0; ahead < (quick ? 1 : AHEAD); ahead++)
+                step_streams(l, first, n, ahead, ahead != 1, want, got);
 }
 
 static int32_t best_of(const float *v, int n) {
@@ -410,6 +413,7 @@ static void run_on(const subject *on, const model *m, be_kv_type type, float *wa
 static void run_shape(const shape *s) {
     static model m;
     make_model(&m, s);
+    far_too = s->big;
     float *want = malloc(sizeof *want * (size_t)(ORCD_COUNT(starts) * RUN + STREAMS) * (size_t)s->n_vocab), *got = want;
     assert_non_null(want);
     got += ORCD_COUNT(starts) * RUN * (size_t)s->n_vocab;
