@@ -43,7 +43,8 @@ __device__ __forceinline__ void dec_attn_finish(const dec_attn &a, int row, int 
     *(uint32_t *)(a.y + (row * a.n_kv * 8 + head) * 64 + d) = f16x2(s.o0 * f / l, s.o1 * f / l);
 }
 
-#define DEC_ATTN_SMEM (8 * 8192 + 8 * 8 * 64 * 4 + 2 * 8 * 8 * 4 + 16)
+#define DEC_PAGE 8192 /* bytes of a page's V */
+#define DEC_ATTN_SMEM (8 * DEC_PAGE + 8 * 8 * 64 * 4 + 2 * 8 * 8 * 4 + 16)
 
 /* Where a page's outputs of head g, columns d and d + 1, lie among its 512 floats: eight columns of all heads together,
  * heads in another order in each eight, so that neither who writes nor who reads meets bank conflicts. */
@@ -61,6 +62,21 @@ template <class T> struct dec_page {
     uint8_t *v;
     int lane;
 
+    __device__ __forceinline__ dec_page(uint8_t *room /* shared, DEC_PAGE bytes */)
+        : v_at(dec_smem(room)), v(room), lane(threadIdx.x % 32) {}
+
+    static __device__ __forceinline__ T *of(const dec_attn &a, int row, int head, int index) {
+        return (T *)(a.kv.layer + __ldcg(a.kv.pages(row) + index) * a.kv.page_bytes + head * kv_head_bytes<T>(64));
+    }
+    /* The new position's key and value join its page. */
+    static __device__ __forceinline__ void store_fresh(const dec_attn &a, T *page, int row, int head, int at) {
+        for (int value = 0; value < 2; value++) {
+            const float *x = a.kv.fresh + ((row * 2 + value) * a.n_kv + head) * 64 + threadIdx.x % 32;
+            const float row[2] = {__ldcg(x), __ldcg(x + 32)};
+            kv_put(page, 64, value, at, row);
+        }
+        __syncwarp();
+    }
     /* Where unit u of V's row d lies. */
     static __device__ __forceinline__ int unit_at(int d, int u) {
         return d * ROW_UNITS + (INT8 ? u ^ (d & 2) : u ^ (d & 1) << 2);
@@ -76,20 +92,44 @@ template <class T> struct dec_page {
                 : "memory");
         }
     }
-    __device__ __forceinline__ void ask_k(const T *page) {
-        int g = lane / 4, t = lane % 4;
+    /* Of all keys, or of one. */
+    __device__ __forceinline__ void ask_k(const T *page, int only = -1) {
+        const int g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int b = 0; b < 2; b++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < 4; i++) {
+                const int key = 32 * b + g / 2 * 8 + 2 * i + g % 2;
+                if (only < 0 || key == only)
 #pragma unroll
-                for (int e = 0; e < 2; e++)
-                    k[b][i][e] =
-                        __ldcg((const eight *)(page + (32 * b + g / 2 * 8 + 2 * i + g % 2) * 64 + e * 32 + t * 8));
+                    for (int e = 0; e < 2; e++)
+                        k[b][i][e] = __ldcg((const eight *)(page + key * 64 + e * 32 + t * 8));
+            }
         if (INT8)
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 scale[INT8 ? i / 2 : 0][i % 2] = __ldcg((const uint4 *)(page + 8192) + i * 4 + t);
+    }
+    __device__ __forceinline__ void ask(const T *page) { ask_k(page), ask_v(page); }
+    /* at: where in the page the new position is, -1 not there */
+    __device__ __forceinline__ void ask(const dec_attn &a, T *page, int row, int head, int at) {
+        if constexpr (INT8)
+            if (at >= 0)
+                store_fresh(a, page, row, head, at);
+        ask(page);
+    }
+    /* The page was asked for before position `at` was in it, which the kernel before has computed. */
+    __device__ __forceinline__ void renew(const dec_attn &a, T *page, int row, int head, int at) {
+        if constexpr (INT8)
+            store_fresh(a, page, row, head, at);
+        ask_k(page, at);
+        const T *from = page + 4096 + lane * 64 + at;
+        const T x[2] = {__ldcg(from), __ldcg(from + 32 * 64)};
+        dec_async_done();
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            ((T *)v)[unit_at(lane + 32 * i, at / KEYS) * KEYS + at % KEYS] = x[i];
     }
     static __device__ __forceinline__ uint4 halves(uint4 v) { return v; }
     static __device__ __forceinline__ uint4 halves(uint2 v) { return kv_unpack(v); }
@@ -138,8 +178,19 @@ template <class T> struct dec_page {
                              masked(scale[INT8 ? 1 : 0][b], seen[b]));
         return masked(*(const uint4 *)(v + unit_at(d, 4 * b + t) * 16), seen[b]);
     }
-    /* O, m and l of the page into shared memory, from the scores; V is there. so may be where V lies: eight columns
-     * take less room than their keys, and are written when these have been read. */
+    /* O, m and l of the page into shared memory, when what was asked for is there. so may be where V lies: eight
+     * columns take less room than their keys, and are written when these have been read. */
+    __device__ __forceinline__ void attend(const dec_attn &a, int row, int head, int index, int pos, float *so,
+                                           float *sm, float *sl) {
+        uint4 q[2];
+        const __half *from = a.q + ((row * a.n_kv + head) * 8 + lane / 4) * 64 + lane % 4 * 8;
+        q[0] = __ldcg((const uint4 *)from), q[1] = __ldcg((const uint4 *)(from + 32));
+        float2 s[2][4];
+        scores(q, s);
+        dec_async_done();
+        __syncwarp();
+        finish(a, s, index * 64, pos, so, sm, sl);
+    }
     __device__ __forceinline__ void finish(const dec_attn &a, float2 (&s)[2][4], int key0, int pos, float *so,
                                            float *sm, float *sl) {
         int g = lane / 4, t = lane % 4;
@@ -190,17 +241,6 @@ template <class T> struct dec_page {
     }
 };
 
-/* By the warp whose page the new position lies in: its key and value join the page. */
-template <class T>
-__device__ __forceinline__ void dec_store_fresh(const dec_attn &a, T *page, int row, int head, int at) {
-    for (int value = 0; value < 2; value++) {
-        const float *x = a.kv.fresh + ((row * 2 + value) * a.n_kv + head) * 64 + threadIdx.x % 32;
-        const float row[2] = {__ldcg(x), __ldcg(x + 32)};
-        kv_put(page, 64, value, at, row);
-    }
-    __syncwarp();
-}
-
 /* Counts arrivals of CTAs whose partial results are written; true for all threads of the last one, which may read them.
  */
 __device__ __forceinline__ bool dec_arrive(uint32_t *counter, int n, int *flag) {
@@ -214,6 +254,19 @@ __device__ __forceinline__ bool dec_arrive(uint32_t *counter, int n, int *flag) 
     }
     __syncthreads();
     return *flag;
+}
+
+/* The results of pages first .. end - 1, of eight at most, in ascending order. so: pages DISTANCE floats apart */
+template <int DISTANCE>
+__device__ __forceinline__ dec_soft dec_merge_pages(const float *so, const float *sm, const float *sl, int g, int d,
+                                                    int first = 0, int end = 8) {
+    dec_soft acc = {-INFINITY, 0, 0, 0};
+#pragma unroll
+    for (int w = first; w < end; w++) {
+        const float2 o = *(const float2 *)(so + w * DISTANCE + dec_out_at(g, d));
+        acc.merge(sm[w * 8 + g], sl[w * 8 + g], o.x, o.y);
+    }
+    return acc;
 }
 
 /* A unit of work: 512 keys of a row for one KV head. */
@@ -268,60 +321,36 @@ template <int R> struct dec_units_of {
  * page table and the position are settled. No two rows are of one sequence. */
 template <class T, int R> __global__ void __launch_bounds__(256, 2) dec_attention_kernel(dec_attn a) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = warp, d = lane * 2;
-    float *so = (float *)(dec_shared + 8 * 8192), *sm = so + 8 * 8 * 64, *sl = sm + 64;
+    float *so = (float *)(dec_shared + 8 * DEC_PAGE), *sm = so + 8 * 8 * 64, *sl = sm + 64;
     int *flag = (int *)(sl + 64);
-    dec_page<T> pg;
-    pg.lane = lane, pg.v = dec_shared + warp * 8192, pg.v_at = dec_smem(pg.v);
+    dec_page<T> pg(dec_shared + warp * DEC_PAGE);
     pdl_launch();
     const dec_units_of<R> units(a);
-    auto page_of = [&](const dec_unit &t, int index) {
-        return (T *)(a.kv.layer + __ldcg(a.kv.pages(t.row) + index) * a.kv.page_bytes + t.head * kv_head_bytes<T>(64));
-    };
-    auto ask = [&](const dec_unit &t, T *page, int index) {
-        if constexpr (dec_page<T>::INT8)
-            if (index == t.pos / 64)
-                dec_store_fresh(a, page, t.row, t.head, t.pos % 64);
-        pg.ask_k(page), pg.ask_v(page);
-    };
     int u = blockIdx.x;
     const dec_unit begin = units.at(u);
     int index = begin.page(warp);
-    T *page = index >= 0 ? page_of(begin, index) : nullptr;
+    T *page = index >= 0 ? pg.of(a, begin.row, begin.head, index) : nullptr;
     float sink = a.sinks && begin.row >= 0 ? a.sinks[begin.head * 8 + g] : 0.f; /* early: it comes from far */
-    if (index == begin.pos / 64) { /* this page's last row is the kernel's before; the others may come nearer already */
-        for (int i = lane * 128; i < kv_head_bytes<T>(64); i += 32 * 128)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"((const uint8_t *)page + i));
+    if (index == begin.pos / 64)
         pdl_wait();
-    }
     if (index >= 0)
-        ask(begin, page, index);
+        pg.ask(a, page, begin.row, begin.head, index == begin.pos / 64 ? begin.pos % 64 : -1);
     pdl_wait();
 #pragma unroll 1
     for (; u < units.n; u += gridDim.x) {
         const dec_unit now = units.at(u), next = units.at(u + gridDim.x);
         const int h = now.head;
-        float2 s[2][4];
-        if (index >= 0) {
-            uint4 q[2];
-            const __half *row = a.q + ((now.row * a.n_kv + h) * 8 + lane / 4) * 64 + lane % 4 * 8;
-            q[0] = __ldcg((const uint4 *)row), q[1] = __ldcg((const uint4 *)(row + 32));
-            pg.scores(q, s);
-            dec_async_done();
-            __syncwarp();
-            pg.finish(a, s, index * 64, now.pos, so + warp * 512, sm + warp * 8, sl + warp * 8);
-        } else if (lane < 8)
+        if (index >= 0)
+            pg.attend(a, now.row, h, index, now.pos, so + warp * 512, sm + warp * 8, sl + warp * 8);
+        else if (lane < 8)
             sm[warp * 8 + lane] = -INFINITY;
         __syncwarp();
         index = next.page(warp);
         if (index >= 0)
-            ask(next, page_of(next, index), index);
+            pg.ask(a, pg.of(a, next.row, next.head, index), next.row, next.head,
+                   index == next.pos / 64 ? next.pos % 64 : -1);
         __syncthreads();
-        dec_soft acc = {-INFINITY, 0, 0, 0};
-#pragma unroll
-        for (int w = 0; w < 8; w++) {
-            float2 o = *(const float2 *)(so + w * 512 + dec_out_at(g, d));
-            acc.merge(sm[w * 8 + g], sl[w * 8 + g], o.x, o.y);
-        }
+        dec_soft acc = dec_merge_pages<512>(so, sm, sl, g, d);
         const float z = sink;
         if (a.sinks && next.row >= 0)
             sink = a.sinks[next.head * 8 + g];
@@ -390,16 +419,19 @@ __device__ __forceinline__ void dec_send(float *to, float x, float y, uint64_t *
 
 #define DEC_MAX_CLUSTER 8
 #define DEC_PART (8 * 66) /* floats of a chunk's partial result: [head][64], m and l of each head */
-constexpr int dec_attn_short_smem(int cluster) { return 8 * 8192 + 2 * 8 * 8 * 4 + 16 + (cluster - 1) * DEC_PART * 4; }
+constexpr int dec_attn_short_smem(int cluster) {
+    return 8 * DEC_PAGE + 2 * 8 * 8 * 4 + 16 + (cluster - 1) * DEC_PART * 4;
+}
 
-/* A CTA a chunk, a warp a page, as above. The first CTA finishes. */
+/* A CTA a chunk, a warp a page. */
 template <class T, int R>
 __global__ void __launch_bounds__(256, 2) dec_attention_short_kernel(dec_attn a, int cluster) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = warp, d = lane * 2;
     const int who = blockIdx.x / cluster, rank = blockIdx.x % cluster, row = who / a.n_kv, head = who % a.n_kv;
-    float *so = (float *)dec_shared, *sm = (float *)(dec_shared + 8 * 8192), *sl = sm + 64;
+    float *so = (float *)dec_shared, *sm = (float *)(dec_shared + 8 * DEC_PAGE), *sl = sm + 64;
     uint64_t *bar = (uint64_t *)(sl + 64);
-    float *part = (float *)(bar + 2);
+    float *part = (float *)(bar + 2); /* [cluster - 1][DEC_PART] */
+    dec_page<T> pg(dec_shared + warp * DEC_PAGE);
     pdl_launch();
     if (R > 1 && row >= __ldcg(a.n_row))
         return;
@@ -413,39 +445,18 @@ __global__ void __launch_bounds__(256, 2) dec_attention_short_kernel(dec_attn a,
         dec_cluster_arrive();
     }
     const float sink = a.sinks ? a.sinks[head * 8 + g] : 0.f;
-    dec_page<T> pg;
-    pg.lane = lane, pg.v = dec_shared + warp * 8192, pg.v_at = dec_smem(pg.v);
-    T *page = nullptr;
+    T *page = there ? pg.of(a, row, head, index) : nullptr;
     if (there)
-        page = (T *)(a.kv.layer + __ldcg(a.kv.pages(row) + index) * a.kv.page_bytes + head * kv_head_bytes<T>(64));
-    if (index == pos / 64) { /* this page's last row is the kernel's before; the others may come nearer already */
-        for (int i = lane * 128; i < kv_head_bytes<T>(64); i += 32 * 128)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"((const uint8_t *)page + i));
-        pdl_wait();
-        if constexpr (dec_page<T>::INT8)
-            dec_store_fresh(a, page, row, head, pos % 64);
-    }
-    if (there)
-        pg.ask_k(page), pg.ask_v(page);
+        pg.ask(page);
     pdl_wait();
-    if (there) {
-        uint4 q[2];
-        const __half *from = a.q + ((row * a.n_kv + head) * 8 + lane / 4) * 64 + lane % 4 * 8;
-        q[0] = __ldcg((const uint4 *)from), q[1] = __ldcg((const uint4 *)(from + 32));
-        float2 s[2][4];
-        pg.scores(q, s);
-        dec_async_done();
-        __syncwarp();
-        pg.finish(a, s, index * 64, pos, so + warp * 2048, sm + warp * 8, sl + warp * 8);
-    } else if (lane < 8)
-        sm[warp * 8 + lane] = -INFINITY;
+    if (index == pos / 64)
+        pg.renew(a, page, row, head, pos % 64);
+    if (there)
+        pg.attend(a, row, head, index, pos, (float *)pg.v, sm + warp * 8, sl + warp * 8);
     __syncthreads();
-    dec_soft acc = {-INFINITY, 0, 0, 0};
-#pragma unroll
-    for (int w = 0; w < 8; w++) {
-        const float2 o = *(const float2 *)(so + w * 2048 + dec_out_at(g, d));
-        acc.merge(sm[w * 8 + g], sl[w * 8 + g], o.x, o.y);
-    }
+    const int page0 = index - warp;
+    dec_soft acc =
+        dec_merge_pages<DEC_PAGE / 4>(so, sm, sl, g, d, max(low / 64 - page0, 0), min(pos / 64 - page0 + 1, 8));
     if (cluster > 1) {
         dec_cluster_wait();
         if (rank > 0) {
@@ -457,10 +468,12 @@ __global__ void __launch_bounds__(256, 2) dec_attention_short_kernel(dec_attn a,
             }
             return;
         }
-        const dec_soft first = acc;
-        acc = {-INFINITY, 0, 0, 0};
-        acc.merge(first.m, first.l, first.o0, first.o1);
-        dec_bar_wait(dec_smem(bar), 0);
+        if (n_chunk > 1) {
+            const dec_soft first = acc;
+            acc = {-INFINITY, 0, 0, 0};
+            acc.merge(first.m, first.l, first.o0, first.o1);
+            dec_bar_wait(dec_smem(bar), 0);
+        }
         for (int i = 0; i < n_chunk - 1; i++) {
             const float2 o = *(const float2 *)(part + i * DEC_PART + g * 64 + d),
                          ml = *(const float2 *)(part + i * DEC_PART + 512 + g * 2);
