@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(ROW_THREADS, 2) dec_out_kernel(dec_out a, dec_
         feed.prime(tile);
     }
     const int e = threadIdx.x / 16, r = threadIdx.x % 16;
-    float wr[G]; /* router's weights of the first group, for the first 32 experts */
+    float wr[G] = {}; /* router's weights, first of the first group for the first 32 experts */
 #pragma unroll
     for (int i = 0; i < G; i++)
         if (i < n)
@@ -335,37 +335,42 @@ __global__ void __launch_bounds__(ROW_THREADS, 2) dec_out_kernel(dec_out a, dec_
         old = __ldcg(a.x + own_j * n_row + (blockIdx.x + own_i * step) * 16 + r);
     __syncwarp();
     int k = 0;
-    dec_tiles<G, R>(
-        feed, tile, dec_x1::of<R>(own, dec_ld(SEG * 64)), red, n, active, [&](const float *sums, int i0, int m) {
-            float *x16 = xt + k * G * R * 16;
-            k ^= 1;
-            if (own_i < m) {
-                const int row = (blockIdx.x + (i0 + own_i) * step) * 16 + r;
-                float v = dec_sum<R>(sums, own_i, own_j, r, n_seg) * w.post;
-                if (i0 > 0)
-                    old = __ldcg(a.x + own_j * n_row + row), off = w.bias ? w.bias[row] : 0.f;
-                v = old + (v + off);
-                a.x_out[own_j * n_row + row] = v;
-                x16[threadIdx.x] = v;
-            }
-            __syncthreads();
+    dec_tiles<G, R>(feed, tile, dec_x1::of<R>(own, dec_ld(SEG * 64)), red, n, active,
+                    [&](const float *sums, int i0, int m) {
+                        float *x16 = xt + k * G * R * 16;
+                        k ^= 1;
+                        if (own_i < m) {
+                            const int row = (blockIdx.x + (i0 + own_i) * step) * 16 + r;
+                            float v = dec_sum<R>(sums, own_i, own_j, r, n_seg) * w.post;
+                            if (i0 > 0)
+                                old = __ldcg(a.x + own_j * n_row + row), off = w.bias ? w.bias[row] : 0.f;
+                            v = old + (v + off);
+                            a.x_out[own_j * n_row + row] = v;
+                            x16[threadIdx.x] = v;
+                        }
+                        __syncthreads();
+                        for (int e0 = 0; e0 < a.n_expert; e0 += 32) {
+                            float v[G][R];
 #pragma unroll
-            for (int i = 0; i < G; i++)
-                for (int e0 = 0; i < m && e0 < a.n_expert; e0 += 32) {
-                    const int64_t t = blockIdx.x + (i0 + i) * step;
-                    const float w16 =
-                        i0 + e0 == 0 ? wr[i] : a.router[((t * 4 + r / 4) * a.n_expert + e0 + e) * 4 + r % 4];
+                            for (int i = 0; i < G * R; i++) {
+                                const int t = i / R, j = i % R, tile = blockIdx.x + (i0 + t) * step;
+                                if (i0 + e0 > 0 && t < m && j == 0)
+                                    wr[t] = a.router[(((int64_t)tile * 4 + r / 4) * a.n_expert + e0 + e) * 4 + r % 4];
+                                v[t][j] = __fmul_rn(wr[t], x16[(t * R + j) * 16 + r]);
+                            }
 #pragma unroll
-                    for (int j = 0; j < R; j++) {
-                        float v = __fmul_rn(w16, x16[(i * R + j) * 16 + r]);
+                            for (int d = 8; d; d >>= 1) /* all side by side */
 #pragma unroll
-                        for (int d = 8; d; d >>= 1)
-                            v += __shfl_xor_sync(~0u, v, d);
-                        if (r == 0)
-                            a.route_part[(j * w.n_tile + t) * a.n_expert + e0 + e] = v;
-                    }
-                }
-        });
+                                for (int i = 0; i < G * R; i++)
+                                    v[i / R][i % R] += __shfl_xor_sync(~0u, v[i / R][i % R], d);
+#pragma unroll
+                            for (int i = 0; i < G * R; i++) {
+                                const int t = i / R, j = i % R, tile = blockIdx.x + (i0 + t) * step;
+                                if (r == 0 && t < m)
+                                    a.route_part[(int64_t)(j * w.n_tile + tile) * a.n_expert + e0 + e] = v[t][j];
+                            }
+                        }
+                    });
 }
 
 /* ---- shared memory of each kernel, bytes; n_seg = columns / 64 / SEG ---- */
