@@ -163,7 +163,7 @@ static void walk(grammar_run *r, level *from, int which) {
     const tree_node *tree = r->v->tree[which], *end = tree + r->v->n_tree[which], *at = tree;
     while (at < end) {
         level *now = from + at->depth;
-        if (!grammar_advance(r, now, at->byte)) {
+        if ((r->n_step > MAX_STEPS && at->depth > 0) || !grammar_advance(r, now, at->byte)) {
             at = tree + at->next;
         } else if (which == PLAIN && free_text(r, now + 1) >= TOKEN_BYTES) {
             for (const tree_node *below = tree + at->next; at < below; at++)
@@ -189,6 +189,7 @@ const uint32_t *grammar_run_mask(grammar_run *r) {
     level *all = r->level, *rest = all + 1;
     if (r->is_masked)
         return r->mask;
+    r->n_step = 0;
     memset(r->mask, 0, r->v->n_word * sizeof *r->mask);
     if (free_text(r, all) > 0)
         allow_plain(r, free_text(r, all));

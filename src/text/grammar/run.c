@@ -358,8 +358,18 @@ static void step_array(grammar_run *r, frame f, uint8_t c) {
     }
 }
 
+/* Whether a value of a kind can begin with this byte. */
+static bool begins(node_kind kind, uint8_t c) {
+    return kind == NODE_OBJECT   ? c == '{'
+           : kind == NODE_ARRAY  ? c == '['
+           : kind == NODE_STRING ? c == '"'
+           : kind == NODE_NUMBER ? c == '-' || (c >= '0' && c <= '9')
+                                 : true;
+}
+
 static void step(grammar_run *r, frame f, uint8_t c) {
     const node *n = &r->g->node[f.node];
+    r->n_step++;
     if (f.state == START && f.up > 0 && gap(r, f, c))
         return;
     switch (n->kind) {
@@ -367,7 +377,7 @@ static void step(grammar_run *r, frame f, uint8_t c) {
         for (int32_t k = n->first; k < n->first + n->n; k++) {
             f.node = r->g->link[k];
             f.gap = 0;
-            if (can_begin(r, f.node, f.depth))
+            if (begins(r->g->node[f.node].kind, c) && can_begin(r, f.node, f.depth))
                 step(r, f, c);
         }
         break;

@@ -24,6 +24,7 @@ enum {
     TOKEN_BYTES = 255, /* longer tokens are never chosen */
     MAX_WAYS = 32,     /* more are forgotten: less can be written then, and still nothing wrong */
     MAX_FRAMES = 8192,
+    MAX_STEPS = 20000, /* for one mask; then only tokens of one byte are tried */
     MAX_KEPT = MAX_WAYS * (GRAMMAR_LEVELS + 1) + 1
 };
 
@@ -41,6 +42,7 @@ struct grammar_run {
     int n_frame;
     frame frame[MAX_FRAMES], kept[MAX_KEPT];
     int32_t place[MAX_FRAMES];
+    int n_step;     /* for this mask */
     bool is_masked; /* `mask` belongs to level 0 */
     uint32_t *mask;
 };
