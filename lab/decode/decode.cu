@@ -232,7 +232,7 @@ static __half *q, *y, *h;
 static float2 *cs;
 static state *st;
 static int32_t *pos, *table;
-static uint32_t *arrived;
+static uint32_t *arrived, *met;
 static int32_t *slot;
 static uint8_t *kv, *embd, *c_qkv, *c_out, *c_gate, *c_up, *c_down, *c_head;
 static int n_page = 560, sms;
@@ -302,6 +302,8 @@ static void build() {
     arrived = dalloc<uint32_t>(N_KV), slot = dalloc<int32_t>(1);
     CK(cudaMemset(slot, 0, 4));
     CK(cudaMemset(arrived, 0, N_KV * 4));
+    met = dalloc<uint32_t>(2);
+    CK(cudaMemset(met, 0, 8));
     kv = dalloc<uint8_t>(PAGE * n_page);
     fill_h<<<1024, 256>>>((__half *)kv, PAGE * n_page / 2, 1.f, 99);
     std::vector<int32_t> t(n_page);
@@ -354,13 +356,9 @@ static void k_out(int l) {
     go(dec_out_kernel<dense, 4, 1>, sms, 512, dec_out_smem<dense, 1>(16), o, L[l].out);
 }
 static dec_route route_of(int l) { return {xb, route_part, L[l].router_bias, EMBD / 16, EMBD, EPS}; }
-static void k_gate_up(int l) {
-    go(dec_gate_up_kernel<moe, 1, 1>, sms, 512, dec_gate_up_smem<moe, 1, 1>(EMBD), route_of(l), L[l].norm2,
-       L[l].gate_up, ALPHA, LIMIT, (uint16_t *)h, FF);
-}
-static void k_down(int l) {
-    go(dec_down_kernel<moe, 1, 1>, sms, 512, dec_down_smem<moe, 1, 1>(FF), route_of(l), L[l].down, (uint16_t *)h, FF,
-       p);
+static void k_experts(int l) {
+    const dec_experts a = {route_of(l), L[l].norm2, {L[l].gate_up, ALPHA, LIMIT, FF, (uint16_t *)h}, L[l].down, p, met};
+    go(dec_experts_kernel<moe, 1, 1>, sms, DEC_EXPERT_THREADS, dec_experts_smem<moe, 1, 1>(EMBD, FF), a);
 }
 static void k_head() {
     dec_norm_in in = {xb, p, xa, 0, norm_out, EPS, EMBD};
@@ -369,7 +367,7 @@ static void k_head() {
 static void token() {
     k_begin();
     for (int l = 0; l < N_LAYER; l++) {
-        k_qkv(l), k_attn(l), k_out(l), k_gate_up(l), k_down(l);
+        k_qkv(l), k_attn(l), k_out(l), k_experts(l);
     }
     k_head();
 }
@@ -485,7 +483,7 @@ static void check(int at) {
         lg.push_back({-s, e});
     }
     std::sort(lg.begin(), lg.end());
-    k_gate_up(0), k_down(0);
+    k_experts(0);
     CK(cudaStreamSynchronize(stream));
     std::vector<double> hr, w4(4);
     double ws = 0;
@@ -582,8 +580,7 @@ static void times() {
         line("attention at 1000 (both kinds)", median_us(each(k_attn), 24),
              (8 * 128 * 256. + 8 * 1000 * 256.) / 2 / 1e6);
         line("out router", median_us(each(k_out), 24), m_out);
-        line("gate_up", median_us(each(k_gate_up), 24), m_gu);
-        line("down", median_us(each(k_down), 24), m_dn);
+        line("experts", median_us(each(k_experts), 24), m_gu + m_dn);
         line("head", median_us([] { k_head(); }, 1), m_hd);
         printf("  %-34s %8.2f us\n", "begin",
                median_us(

@@ -1,7 +1,7 @@
-/* backend/cuda/decode.cu: a step of one to eight rows of gpt-oss as five fused kernels a layer. The list of commands is
- * matched whole; anything else is left to the launchers of single commands, which compute the same numbers.
+/* backend/cuda/decode.cu: a step of one to eight rows of gpt-oss as four or five fused kernels a layer. The list of
+ * commands is matched whole; anything else is left to the launchers of single commands, which compute the same numbers.
  *
- * One or two rows: norm + qkv + rope + KV write, attention, out + router sums, route + norm + gate_up + SwiGLU, down.
+ * One or two rows: norm + qkv + rope + KV write, attention, out + router sums, experts.
  * A residual row is finished by whoever reads it next: down leaves two partial rows, which the next norm adds. More
  * rows: out and down end with a route and a norm of each row (few_linear.cuh). */
 #include "backend/cuda/decode_attention.cuh"
@@ -13,6 +13,7 @@ struct cuda_decode {
     float *route_part; /* [FEW_MAX][n_embd / 16][n_expert] */
     uint16_t *q, *h;   /* f16: rotated query heads [FEW_MAX][heads]; the experts' hidden rows [FEW_MAX][4][n_ff] */
     float *fresh;      /* [FEW_MAX] rows' keys and values, where the cache has 8 bits */
+    uint32_t *met;     /* CTAs of one and two rows' experts, see dec_meet */
     struct {
         float *down, *weight; /* [FEW_MAX][4][n_embd], [FEW_MAX][4] */
         uint16_t *norm, *y;   /* f16: [FEW_MAX][n_embd], [FEW_MAX][heads] */
@@ -23,7 +24,7 @@ struct cuda_decode {
 };
 
 #define DEC_MAX_Q 8192
-#define DEC_MAX_SM 1024
+#define DEC_MAX_SM 256 /* with more, a share of one row's down could be negative */
 
 /* The commands of one layer. */
 enum { L_NORM, L_QKV, L_ROPE, L_WRITE, L_ATTN, L_OUT, L_MOE, L_EXPERTS, L_COUNT };
@@ -96,6 +97,10 @@ static bool match(const cuda_run *r, const cuda_cmd *c, int n, decode_plan *p) {
 static dec_matrix matrix_of(const cuda_weight *w) {
     const cuda_matrix *m = &w->matrix[0];
     return {m->data, w->bias, m->factor, m->n_tile, m->n_unit, (int64_t)m->n_tile * m->n_unit * m->chunk_bytes};
+}
+
+static dec_glu glu_of(const cuda_cmd *e, uint16_t *h) {
+    return {matrix_of(e->w), e->glu.alpha, e->glu.limit, (int)e->w2->base.n_col, h};
 }
 
 template <class... Param, class... Arg>
@@ -182,14 +187,12 @@ template <class F, int R> static void run_out(const decode_run *s, const cuda_cm
 template <int EPL, int R> static void run_experts(const decode_run *s, const cuda_cmd *c) {
     typedef form_mxfp4 F;
     const cuda_cmd *e = &c[L_EXPERTS];
-    const dec_matrix up = matrix_of(e->w), down = matrix_of(e->w2);
-    const int n_ff = (int)e->w2->base.n_col;
     const dec_route route = {s->d->xb,  s->d->route_part, c[L_MOE].w2->bias, (s->n_embd + 15) / 16,
                              s->n_embd, c[L_MOE].eps};
-    launch(s->r, dec_gate_up_kernel<F, EPL, R>, s->n_sm, ROW_THREADS, dec_gate_up_smem<F, EPL, R>(s->n_embd), route,
-           (const float *)c[L_MOE].w->dense, up, e->glu.alpha, e->glu.limit, s->d->h, n_ff);
-    launch(s->r, dec_down_kernel<F, EPL, R>, s->n_sm, ROW_THREADS, dec_down_smem<F, EPL, R>(n_ff), route, down,
-           (const uint16_t *)s->d->h, n_ff, s->d->p);
+    const dec_experts a = {route,    (const float *)c[L_MOE].w->dense, glu_of(e, s->d->h), matrix_of(e->w2), s->d->p,
+                           s->d->met};
+    launch(s->r, dec_experts_kernel<F, EPL, R>, s->n_sm, DEC_EXPERT_THREADS,
+           dec_experts_smem<F, EPL, R>(s->n_embd, a.up.n_ff), a);
 }
 
 template <class F, int R> static void run_layers(const decode_run *s, const decode_plan *p) {
@@ -267,13 +270,13 @@ static void few_experts(const decode_run *s, const cuda_cmd *c, float *x, const 
     const cuda_cmd *e = &c[L_EXPERTS];
     const auto *d = &s->d->few;
     const int32_t *rows = &s->r->dev->arr.batch->n_tok;
-    const dec_matrix up = matrix_of(e->w), down = matrix_of(e->w2);
-    const int n = s->n_embd, n_ff = (int)e->w2->base.n_col;
+    const dec_glu up = glu_of(e, s->d->h);
+    const int n = s->n_embd;
     launch(s->r, few_gate_up_kernel<EPL, R>, s->n_sm, ROW_THREADS, few_experts_smem<R>(),
-           few_rows{rows, d->norm, n, d->done}, d->id, d->done + 2, up, e->glu.alpha, e->glu.limit, s->d->h, n_ff);
-    const few_down a = {{rows, s->d->h, n_ff, d->done + 2},        d->id, d->weight, d->down, x, d->done + 1,
+           few_rows{rows, d->norm, n, d->done}, d->id, d->done + 2, up);
+    const few_down a = {{rows, s->d->h, up.n_ff, d->done + 2},     d->id, d->weight, d->down, x, d->done + 1,
                         {norm->w->dense, norm->eps, n, d->norm, n}};
-    launch(s->r, few_down_kernel<EPL, R>, s->n_sm, ROW_THREADS, few_experts_smem<R>(), a, down);
+    launch(s->r, few_down_kernel<EPL, R>, s->n_sm, ROW_THREADS, few_experts_smem<R>(), a, matrix_of(e->w2));
 }
 
 template <class F, int R> static void few_layers(const decode_run *s, const decode_plan *p) {
@@ -351,8 +354,8 @@ bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd) {
 /* ---- scratch ---- */
 
 static void free_rows(cuda_dev *dev, cuda_decode *d) {
-    void *all[] = {d->xa,       d->xb,         d->p,        d->route_part, d->q,      d->h,       d->fresh,
-                   d->few.down, d->few.weight, d->few.norm, d->few.y,      d->few.id, d->few.done};
+    void *all[] = {d->xa,  d->xb,       d->p,          d->route_part, d->q,     d->h,      d->fresh,
+                   d->met, d->few.down, d->few.weight, d->few.norm,   d->few.y, d->few.id, d->few.done};
     for (void *p : all)
         cuda_free(dev, p);
     *d = {};
@@ -392,6 +395,7 @@ orcd_status cuda_decode_reserve(cuda_dev *dev, orcd_error *err) {
     ORCD_TRY(few_alloc(dev, &d->route_part, FEW_MAX * (embd / 16) * experts, err));
     ORCD_TRY(few_alloc(dev, &d->q, FEW_MAX * DEC_MAX_Q * 2, err));
     ORCD_TRY(few_alloc(dev, &d->h, FEW_MAX * DEC_TOP_K * (size_t)round_up(dev->want_ff, 64) * 2, err));
+    ORCD_TRY(few_alloc(dev, &d->met, 2 * sizeof(uint32_t), err));
     ORCD_TRY(reserve_few(dev, d, embd, err));
     d->n_embd = dev->want_embd, d->n_ff = dev->want_ff, d->n_expert = dev->want_expert;
     return ORCD_OK;

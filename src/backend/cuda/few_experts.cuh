@@ -41,25 +41,21 @@ template <int R> struct few_expert_plan { /* pieces of a third of a tile; groups
     using pipe = dec_pipe<form_mxfp4, 3, 15, 3, 9>;
 };
 
-/* The biases of the CTA's tiles on their way to bias[tile][16] (shared). A tile has two halves of eight, `half` floats
- * apart; `mat` floats an expert. */
-template <int MAX>
-__device__ __forceinline__ void few_ask_bias(const few_list &list, const dec_range &s, const dec_matrix &w, int mat,
-                                             int half, float *bias) {
-    for (int i = threadIdx.x; w.bias && i < min(s.n, MAX) * 4; i += 15 * 32) {
-        const dec_cursor c(s, w, i / 4);
-        const int per = half == 8 ? 16 : 8; /* floats from tile to tile */
-        dec_async16(bias + i * 4,
-                    w.bias + (int64_t)list.expert[c.e] * mat + c.tile * per + i % 4 / 2 * half + i % 2 * 4);
+/* This CTA's tiles of n_list experts: [first, first + n). */
+struct few_range {
+    int first, n;
+    __device__ __forceinline__ few_range(int n_list, const dec_matrix &w) {
+        first = dec_share(n_list * w.n_tile, blockIdx.x);
+        n = dec_share(n_list * w.n_tile, blockIdx.x + 1) - first;
     }
-}
+};
 
 /* By the producer's warp, before the others know the list. */
 template <int EPL, class Pipe>
 __device__ __forceinline__ dec_tiles_list few_begin(Pipe &pipe, few_list &list, const int32_t *id, int n_row,
                                                     const dec_matrix &w) {
     list.make<EPL>(id, n_row);
-    const dec_range s(list.n, w);
+    const few_range s(list.n, w);
     dec_tiles_list tiles = {w, list.expert + s.first / w.n_tile, (int64_t)w.n_unit * form_mxfp4::CHUNK,
                             s.first % w.n_tile};
     pipe.n_piece = s.n * Pipe::PER_TILE;
@@ -67,31 +63,11 @@ __device__ __forceinline__ dec_tiles_list few_begin(Pipe &pipe, few_list &list, 
     return tiles;
 }
 
-/* n tiles in groups of G by the 15 warps that sum: before(tile) sees to the activations, epi(sums, number of tiles)
- * adds a group up. */
-template <int G, int R, class Pipe, class X, class Before, class Epi>
-__device__ __forceinline__ void few_sum_tiles(Pipe &pipe, const X &x, float *red, int n, Before &&before, Epi &&epi) {
-    for (int i0 = 0, k = 0; i0 < n; i0 += G, k ^= 1) {
-        float *out = red + k * G * 15 * dec_pitch<R>;
-        const int m = min(G, n - i0);
-        for (int i = 0; i < m; i++) {
-            float acc[4];
-            before(i0 + i);
-            pipe.tile_sum(x, acc);
-            dec_store<R, 15>(out, i, threadIdx.x / 32, acc, threadIdx.x % 32);
-        }
-        dec_async_done(); /* biases */
-        asm volatile("bar.sync 1, %0;" ::"n"(15 * 32) : "memory");
-        epi(out, m);
-    }
-}
-
 /* h[row][slot][n_ff] (f16) = glu of the chosen experts' gate_up on the rows. One CTA a multiprocessor: with half
  * the registers and the next kernel's CTA beside it, which waits, it took almost twice as long. */
 template <int EPL, int R>
 __global__ void __launch_bounds__(ROW_THREADS, 1)
-    few_gate_up_kernel(few_rows in, const int32_t *id, const uint32_t *routed, dec_matrix w, float alpha, float limit,
-                       uint16_t *h, int n_ff) {
+    few_gate_up_kernel(few_rows in, const int32_t *id, const uint32_t *routed, dec_glu a) {
     using plan = few_expert_plan<R>;
     constexpr int G = plan::GROUP;
     __shared__ few_list list;
@@ -99,13 +75,13 @@ __global__ void __launch_bounds__(ROW_THREADS, 1)
     dec_carve c = {dec_shared};
     typename plan::pipe pipe;
     uint8_t *ring = c.take(pipe.SMEM);
-    float *red = (float *)c.take(dec_sums_bytes<G, R, 15>);
+    float *red = (float *)c.take(dec_sums_bytes<G, R, DEC_SUM_WARPS>);
     float *bias = (float *)c.take(plan::BIAS * 64);
     const int n_row = __ldcg(in.n);
     pipe.open(ring, 0);
     if (warp == pipe.PRODUCER) {
         few_await(routed, (uint32_t)n_row);
-        dec_tiles_list tiles = few_begin<EPL>(pipe, list, id, n_row, w);
+        dec_tiles_list tiles = few_begin<EPL>(pipe, list, id, n_row, a.w);
         __syncthreads();
         pipe.fill(tiles, INT32_MAX);
         return;
@@ -116,26 +92,11 @@ __global__ void __launch_bounds__(ROW_THREADS, 1)
     dec_x8<3> x;
     x.load(col < R ? in.x + col * in.ld + warp * 192 : NULL);
     __syncthreads();
-    const dec_range s(list.n, w);
-    few_ask_bias<plan::BIAS>(list, s, w, 2 * n_ff, n_ff, bias);
-    const int i = tid / (8 * R), j = tid / 8 % R, r = tid % 8;
-    dec_cursor at(s, w, i);
-    few_sum_tiles<G, R>(
-        pipe, x, red, s.n, [](int) {},
-        [&](const float *sums, int m) {
-            const int slot = i < m ? list.slot[at.e][j] : -1;
-            if (slot >= 0) {
-                float gate = dec_sum<R, 15>(sums, i, j, r) * w.post, up = dec_sum<R, 15>(sums, i, j, r + 8) * w.post;
-                if (w.bias && at.k < plan::BIAS) {
-                    gate += bias[at.k * 16 + r], up += bias[at.k * 16 + r + 8];
-                } else if (w.bias) {
-                    const float *b = w.bias + (int64_t)list.expert[at.e] * 2 * n_ff + at.tile * 8 + r;
-                    gate += b[0], up += b[n_ff];
-                }
-                h[(j * DEC_TOP_K + slot) * n_ff + at.tile * 8 + r] = f16_bits(glu(gate, up, alpha, limit));
-            }
-            at.next(w.n_tile, G);
-        });
+    const few_range s(list.n, a.w);
+    dec_sums sums = {red, red + G * DEC_SUM_WARPS * dec_pitch<R>};
+    dec_ask_bias(list.expert, s.first, s.n, plan::BIAS, a.w, 2 * a.n_ff, a.n_ff, bias);
+    dec_piped_tiles<G, R>(
+        pipe, x, sums, s.n, [](int) {}, dec_glu_sums<G, R, few_list>(a, list, s.first, bias, plan::BIAS));
 }
 
 struct few_down {
@@ -191,7 +152,7 @@ template <int EPL, int R> __global__ void __launch_bounds__(ROW_THREADS, 1) few_
     dec_carve c = {dec_shared};
     typename plan::pipe pipe;
     uint8_t *ring = c.take(pipe.SMEM);
-    float *red = (float *)c.take(dec_sums_bytes<G, R, 15>);
+    float *red = (float *)c.take(dec_sums_bytes<G, R, DEC_SUM_WARPS>);
     float *bias = (float *)c.take(plan::BIAS * 64);
     const int n_row = __ldcg(a.in.n);
     pipe.open(ring, 0);
@@ -206,14 +167,15 @@ template <int EPL, int R> __global__ void __launch_bounds__(ROW_THREADS, 1) few_
         pdl_wait();
         a.in.reset();
         __syncthreads();
-        const dec_range s(list.n, w);
-        few_ask_bias<plan::BIAS>(list, s, w, w.n_tile * 16, 8, bias);
+        const few_range s(list.n, w);
+        dec_sums sums = {red, red + G * DEC_SUM_WARPS * dec_pitch<R>};
+        dec_ask_bias(list.expert, s.first, s.n, plan::BIAS, w, w.n_tile * 16, 8, bias);
         const int i = tid / (16 * R), j = tid / 16 % R, r = tid % 16;
         int e = s.first / w.n_tile - 1, left = 1; /* tiles until the next expert */
-        dec_cursor at(s, w, i);
+        dec_cursor at(s.first, w.n_tile, i);
         dec_x8<3> x;
-        few_sum_tiles<G, R>(
-            pipe, x, red, s.n,
+        dec_piped_tiles<G, R>(
+            pipe, x, sums, s.n,
             [&](int k) {
                 if (--left > 0)
                     return;
@@ -222,10 +184,10 @@ template <int EPL, int R> __global__ void __launch_bounds__(ROW_THREADS, 1) few_
                 const int slot = col < R ? list.slot[e][col] : -1;
                 x.load(slot >= 0 ? a.in.x + (col * DEC_TOP_K + slot) * a.in.ld + warp * 192 : NULL);
             },
-            [&](const float *sums, int m) {
+            [&](const float *red, int m) {
                 const int slot = i < m ? list.slot[at.e][j] : -1;
                 if (slot >= 0) {
-                    float v = dec_sum<R, 15>(sums, i, j, r) * w.post;
+                    float v = dec_sum<R, DEC_SUM_WARPS>(red, i, j, r) * w.post;
                     if (w.bias && at.k < plan::BIAS)
                         v += bias[at.k * 16 + r];
                     else if (w.bias)
@@ -244,7 +206,7 @@ template <int EPL, int R> __global__ void __launch_bounds__(ROW_THREADS, 1) few_
 
 template <int R> constexpr size_t few_experts_smem() {
     using plan = few_expert_plan<R>;
-    return plan::pipe::SMEM + dec_sums_bytes<plan::GROUP, R, 15> + plan::BIAS * 64;
+    return plan::pipe::SMEM + dec_sums_bytes<plan::GROUP, R, DEC_SUM_WARPS> + plan::BIAS * 64;
 }
 
 #endif

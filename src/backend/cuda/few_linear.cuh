@@ -202,9 +202,10 @@ template <int EPL> __device__ __forceinline__ void few_route_row(const few_out &
     to.gather(route, shared);
     if (threadIdx.x < 32) {
         to.choose();
+        const float weight = to.weigh();
         if (threadIdx.x < DEC_TOP_K) {
-            a.id[row * DEC_TOP_K + threadIdx.x] = to.of_lane(to.id);
-            a.weight[row * DEC_TOP_K + threadIdx.x] = to.of_lane(to.weight);
+            a.id[row * DEC_TOP_K + threadIdx.x] = to.id;
+            a.weight[row * DEC_TOP_K + threadIdx.x] = weight;
         }
         __syncwarp();
         if (threadIdx.x == 0)
