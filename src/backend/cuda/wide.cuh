@@ -2,8 +2,9 @@
  *
  * Weights are the register operand, unpacked as they are; activations come from shared memory. A block computes items
  * of 128 matrix rows and up to 128 activation rows: one warp fills a ring of stages with bulk copies, two groups of
- * four warps take 64 matrix rows each. A group keeps two products in flight, one for each half of the activation rows,
- * and scales one half's block sums while the other half, and the other group, have the tensor cores.
+ * four warps take 64 matrix rows each. Experts' items cost different times: a block takes the next when it has done
+ * one. A group keeps two products in flight, one for each half of the activation rows, and scales one half's block sums
+ * while the other half, and the other group, have the tensor cores.
  *
  * Activations lie in the order in which the copies take them: [unit of 64 columns][row][128 bytes], the 16-byte pieces
  * of a row swizzled with its index, so the first row of an item is a multiple of 8. Inside each block of 32 columns the
@@ -25,6 +26,7 @@ struct wide_args {
     int64_t ldx;
     uint8_t *hidden; /* GATE_UP: [unit][ldx rows][128] */
     int cols;        /* DENSE: rows of an item, a multiple of 8 */
+    int *taken;      /* experts: items that blocks took beyond their first, zero before */
 };
 
 /* Bytes from a row's start in its unit: column (0..63) of row i. */
@@ -58,6 +60,10 @@ struct wide_ring { /* addresses in shared memory; the place that a thread has re
     int stage;
     uint32_t parity;
 };
+/* The item that the stage in hand begins, -1: there is no other. */
+template <class P> static __device__ __forceinline__ volatile int *wide_begins(const wide_ring &r) {
+    return (volatile int *)(r.w_ptr + P::STAGES * (P::W_BYTES + 16)) + r.stage;
+}
 template <int STAGES> static __device__ __forceinline__ void wide_next(wide_ring &r) {
     if (++r.stage == STAGES) {
         r.stage = 0;
@@ -87,6 +93,27 @@ template <class F> static __device__ void wide_fill(const wide_args &a, const li
             bulk_copy(r.x + r.stage * P::X_BYTES + (lane - WIDE_TILES) * WIDE_X_UNIT,
                       a.x + ((int64_t)(u + lane - WIDE_TILES) * a.ldx + c.first) * 128, (uint32_t)rows * 128, full);
         wide_next<P::STAGES>(r);
+    }
+}
+
+/* One warp's copies for the items of a block. */
+template <class F, lin_mode MODE>
+static __device__ void wide_feed(const wide_args &a, int n_m, int total, wide_ring &r) {
+    const int lane = threadIdx.x % 32;
+    for (int item = blockIdx.x, then;; item = __shfl_sync(~0u, then, 0)) {
+        const bool there = item < total;
+        then = item + gridDim.x;
+        if (MODE != LIN_DENSE && there && lane == 0) /* on its way while this one's copies are */
+            then = (int)gridDim.x + atomicAdd(a.taken, 1);
+        mbar_wait(r.empty + 8 * r.stage, r.parity ^ 1);
+        if (lane == 0)
+            *wide_begins<wide_plan<F>>(r) = there ? item : -1;
+        if (!there) {
+            if (lane == 0)
+                mbar_arrive(r.full + 8 * r.stage);
+            return;
+        }
+        wide_fill<F>(a, lin_columns<MODE>(a.l, a.cols, item / n_m), item % n_m * WIDE_TILES, r);
     }
 }
 
@@ -354,11 +381,12 @@ static __device__ __forceinline__ void wide_put_glu(const wide_args &a, const li
 }
 
 template <class F, lin_mode MODE, int N>
-static __device__ __forceinline__ void wide_item(const wide_args &a, const lin_cols &c, int tile0, wide_ring &r,
-                                                 int group, int lane) {
+static __device__ __forceinline__ void wide_item(const wide_args &a, int item, int n_m, wide_ring &r, int group,
+                                                 int lane) {
     float total[N];
     wide_sum<F, N>(a, r, group, lane, total);
-    const int tile = tile0 + group * 4 + threadIdx.x / 32 % 4;
+    const lin_cols c = lin_columns<MODE>(a.l, a.cols, item / n_m);
+    const int tile = item % n_m * WIDE_TILES + group * 4 + threadIdx.x / 32 % 4;
     if constexpr (MODE == LIN_GATE_UP)
         wide_put_glu<N>(a, c, tile, lane, total);
     else
@@ -398,18 +426,19 @@ static __global__ __launch_bounds__(WIDE_THREADS, 1) void wide_kernel(const __gr
     if (role == 2) {
         set_registers_down<24>();
         if (threadIdx.x / 32 % 4 == 0)
-            for (int item = blockIdx.x; item < total; item += gridDim.x)
-                wide_fill<F>(a, lin_columns<MODE>(a.l, a.cols, item / n_m), item % n_m * WIDE_TILES, r);
+            wide_feed<F, MODE>(a, n_m, total, r);
     } else {
         set_registers_up<240>();
-        for (int item = blockIdx.x; item < total; item += gridDim.x) {
-            const lin_cols c = lin_columns<MODE>(a.l, a.cols, item / n_m);
-            const int tile0 = item % n_m * WIDE_TILES;
-            const int half = max((c.n + 15) / 16 * 8, 16);
+        for (;;) {
+            mbar_wait(r.full + 8 * r.stage, r.parity);
+            const int item = __shfl_sync(~0u, *wide_begins<P>(r), 0);
+            if (item < 0)
+                return;
+            const int half = max((lin_columns<MODE>(a.l, a.cols, item / n_m).n + 15) / 16 * 8, 16);
 #define WIDE_CASE(N)                                                                                                   \
     if constexpr (F::SCALED || N % 16 == 0)                                                                            \
         if (half <= N) {                                                                                               \
-            wide_item<F, MODE, N>(a, c, tile0, r, role, lane);                                                         \
+            wide_item<F, MODE, N>(a, item, n_m, r, role, lane);                                                        \
             continue;                                                                                                  \
         }
             WIDE_CASE(16)
