@@ -509,6 +509,25 @@ static void experts_mxfp4_2880_by_2880(void **state) {
     op_free_memory(&m);
 }
 
+/* Blocks 2^60 smaller than their neighbours: not the form that devices keep MXFP4 in otherwise. */
+static void experts_mxfp4_scales_far_apart(void **state) {
+    (void)state;
+    static const int n_tok[] = {1, 9, 150};
+    uint64_t seed = 15;
+    for (size_t i = 0; i < ORCD_COUNT(n_tok); i++) {
+        op_memory m = {.n = 0};
+        experts_case c = {.n_tok = n_tok[i], .top_k = 2};
+        add_experts(&c, &m, &seed, Q_MXFP4, Q_MXFP4, 4, 96, 64, false);
+        for (int part = 0; part < 3; part++)
+            for (size_t b = 0; b < m.bytes[part] / 17; b += 3)
+                ((uint8_t *)m.at[part])[b * 17] = 60;
+        fill_experts(&c, 4, MIXED, 1, &seed);
+        compare(EXPERTS_QUANT, "experts of far scales", run_experts, &c);
+        free_experts(&c);
+        op_free_memory(&m);
+    }
+}
+
 /* ---- a row alone and a row in any batch ---- */
 
 /* The whole of a row operation against the same rows in pieces of every size: the same bits. */
@@ -640,6 +659,7 @@ static int run(void) {
         cmocka_unit_test_teardown(route_ties_take_the_lower_id, print_worst),
         cmocka_unit_test_teardown(experts_every_type_shape_and_routing, print_worst),
         cmocka_unit_test_teardown(experts_mxfp4_2880_by_2880, print_worst),
+        cmocka_unit_test_teardown(experts_mxfp4_scales_far_apart, print_worst),
         cmocka_unit_test_teardown(linear_rows_do_not_depend_on_the_batch, print_worst),
         cmocka_unit_test_teardown(expert_rows_do_not_depend_on_the_batch, print_worst),
         cmocka_unit_test_teardown(a_row_of_nan_stays_alone, print_worst),

@@ -107,6 +107,11 @@ __global__ void fill_h(__half *p, int64_t n, float s, uint32_t seed) {
     for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x)
         p[i] = __float2half(s * unit(i, seed));
 }
+#define TOP_SCALE 121 /* see fill_rows */
+static __device__ void settle(uint8_t *chunk) {
+    uint8_t &s = chunk[512 + threadIdx.x % 32];
+    s = form_mxfp4::power(s, TOP_SCALE);
+}
 enum { PLAIN, PAIR64, GATE_UP };
 template <class F, int MAP>
 __global__ void pack(const uint8_t *a, const uint8_t *up, uint8_t *dst, int64_t n_row, int64_t n_col, int64_t n_tile) {
@@ -124,7 +129,7 @@ __global__ void pack(const uint8_t *a, const uint8_t *up, uint8_t *dst, int64_t 
     uint8_t *c = dst + ((mat * n_tile + tile) * n_unit + u) * F::CHUNK;
     int big = 0;
     if constexpr (F::CHUNK == 544)
-        pack_mxfp4(c, threadIdx.x % 32, row, u * 64, n_col);
+        pack_mxfp4(c, threadIdx.x % 32, row, u * 64, n_col), __syncwarp(), settle(c);
     else if constexpr (F::CHUNK == 1088)
         pack_q8_0<8>(c, threadIdx.x % 32, row, u * 64, n_col);
     else
@@ -246,7 +251,9 @@ __global__ void fold(float *dst, const float *w, const float *g) { // [tile][4][
         dst[i] = w[e * EMBD + k] * g[k];
     }
 }
-static float post(int form_bytes) { return form_bytes == 544 ? 16384.f : form_bytes == 2048 ? 1 / 256.f : 1.f; }
+static float post(int form_bytes) {
+    return form_bytes == 544 ? exp2f(TOP_SCALE - 128) : form_bytes == 2048 ? 1 / 256.f : 1.f;
+}
 static void build() {
     c_qkv = dalloc<uint8_t>(canon<dense>::row(EMBD) * QKV), c_out = dalloc<uint8_t>(canon<dense>::row(ATT) * EMBD);
     size_t ex = canon<moe>::row(EMBD) * FF * N_EXP;

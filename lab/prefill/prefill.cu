@@ -45,7 +45,7 @@ static __global__ void fill_kernel(uint8_t *p, int64_t n_chunk, int chunk, cuda_
             h ^= h >> 32;
             uint8_t v = (uint8_t)h;
             if (form == CUDA_FORM_MXFP4 && i >= 512)
-                v = (uint8_t)(117 + v % 6);
+                v = (uint8_t)(25 + v % 6 << 2);
             if (form == CUDA_FORM_Q8_0 && i % 544 >= 512)
                 v = i & 1 ? 0x18 + v % 4 : v; /* about 0.002 to 0.008 */
             if (form >= CUDA_FORM_F16)
@@ -58,7 +58,7 @@ static cuda_matrix make(cuda_form form, cuda_rowmap map, int n_mat, int n_row, i
     cuda_matrix m = {};
     m.form = form;
     m.map = map;
-    m.factor = form == CUDA_FORM_MXFP4 ? form_mxfp4::FACTOR : 1.f;
+    m.factor = form == CUDA_FORM_MXFP4 ? 1 / 64.f : 1.f;
     m.n_col = n_col, m.n_row = n_row, m.n_mat = n_mat;
     m.n_tile = map == CUDA_ROWS_GLU ? (n_row + 7) / 8 : (n_row + 15) / 16;
     m.n_unit = (n_col + 63) / 64;

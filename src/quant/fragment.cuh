@@ -70,6 +70,11 @@ static __device__ __forceinline__ uint32_t f16x2_sub(uint32_t a, uint32_t b) {
     return a;
 }
 
+static __device__ __forceinline__ uint32_t f16x2_mul(uint32_t a, uint32_t b) {
+    asm("mul.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+    return a;
+}
+
 static __device__ __forceinline__ float2 f16x2_to_float2(uint32_t h) {
     __half2 x;
     memcpy(&x, &h, 4);

@@ -26,7 +26,8 @@ extern "C" {
 
 /* ---- weights ---- */
 
-enum cuda_form { CUDA_FORM_MXFP4, CUDA_FORM_Q8_0, CUDA_FORM_F16, CUDA_FORM_F16X2 }; /* how a packed matrix is stored */
+/* How a packed matrix is stored. FAR: scales too far apart for f16; rare, so that few kernels are made for it. */
+enum cuda_form { CUDA_FORM_MXFP4, CUDA_FORM_MXFP4_FAR, CUDA_FORM_Q8_0, CUDA_FORM_F16, CUDA_FORM_F16X2 };
 /* Which rows a tile of 16 holds; tile row r and r + 8 meet in one thread. */
 enum cuda_rowmap {
     CUDA_ROWS_PLAIN,  /* 16 consecutive rows */

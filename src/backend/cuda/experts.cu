@@ -601,13 +601,12 @@ void cuda_run_experts_norm(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm)
         cuda_run_host_experts(r, c);
         return;
     }
-    cuda_dev *d = r->dev;
-    cuda_scratch *s = &d->scratch;
+    cuda_scratch *s = &r->dev->scratch;
     const cuda_count rows = cuda_rows_of(r, c);
     const int n_expert = (int)c->w->base.n_mat, pairs = rows.cap * c->k, mean = (pairs + n_expert - 1) / n_expert;
     const bool mid = mean > 5 && mean <= 36 && mid_can(r, &c->w->matrix[0]) && mid_can(r, &c->w2->matrix[0]);
     /* Fewer rows are streamed sooner. Columns past ff stay zero in `hidden`, which has another order in wide.cuh. */
-    const bool wide = !mid && mean > 18 && cuda_has_wide(d) && c->w->matrix[0].n_row % 64 == 0;
+    const bool wide = !mid && mean > 18 && wide_can(r, c->w) && wide_can(r, c->w2) && c->w->matrix[0].n_row % 64 == 0;
     const int width = wide ? WIDE_COLS : mid ? MID_COLS : tile_width(mean);
     const int by_count = n_expert + pairs / width, n_block = pairs < by_count ? pairs : by_count;
     const size_t counts = (size_t)32 * 4 * (size_t)n_expert;

@@ -43,7 +43,7 @@ void cuda_run_linear(cuda_run *r, const cuda_cmd *c) {
     a.ldy = c->y->base.width;
     a.ldh = c->y->ld;
     a.epilogue = c->epilogue;
-    if (a.rows.cap > 48 && cuda_has_wide(r->dev)) {
+    if (a.rows.cap > 48 && wide_can(r, c->w)) {
         if (!run_mid(r, c, a))
             run_wide(r, c, a);
         return;

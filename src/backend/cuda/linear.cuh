@@ -416,6 +416,9 @@ template <lin_mode MODE> static void lin_launch(cuda_run *r, const cuda_matrix *
     case CUDA_FORM_MXFP4:
         lin_launch_form<form_mxfp4, MODE>(r, a, width, n_block);
         break;
+    case CUDA_FORM_MXFP4_FAR:
+        lin_launch_form<form_mxfp4_far, MODE>(r, a, width, n_block);
+        break;
     case CUDA_FORM_Q8_0:
         lin_launch_form<form_q8_0, MODE>(r, a, width, n_block);
         break;

@@ -46,30 +46,46 @@ static __device__ __forceinline__ void mid_rows(const lin_args &a, const lin_col
     }
 }
 
-/* total += a segment: a product for each block of 32 columns. raw: its weights; each unit's place is filled again from
- * `then`, the next segment, as soon as it is unpacked. */
+/* total += a segment: a product for each block of 32 columns, or one of all. raw: its weights; each unit's place is
+ * filled again from `then`, the next segment, as soon as it is unpacked. */
 template <class F, int N, int SEG>
 static __device__ __forceinline__ void mid_segment(typename F::raw (&raw)[SEG], const uint8_t *then, uint64_t desc,
                                                    int lane, float (&total)[N / 2]) {
-    float acc[N / 2], c[N / 2], scale[2];
+    float acc[N / 2];
 #pragma unroll
     for (int i = 0; i < N / 2; i++)
         acc[i] = 0;
+    if constexpr (F::SCALED) {
+        float c[N / 2], scale[2];
 #pragma unroll
-    for (int i = 0; i < 2 * SEG; i++) {
-        const int u = i / 2;
-        const frag_block f = F::block(raw[u], i % 2);
-        if (i % 2)
-            raw[u] = F::load(then + u * F::CHUNK, lane);
-        if (i) {
-            wgmma_wait<0>(c);
-            wide_scale(acc, c, scale);
+        for (int i = 0; i < 2 * SEG; i++) {
+            const int u = i / 2;
+            const frag_block f = F::block(raw[u], i % 2);
+            if (i % 2)
+                raw[u] = F::load(then + u * F::CHUNK, lane);
+            if (i) {
+                wgmma_wait<0>(c);
+                wide_scale(acc, c, scale);
+            }
+            scale[0] = f.s[0], scale[1] = f.s[1];
+            wide_issue<N>(c, f.a, desc + u * (N * 8) + i % 2 * 4);
         }
-        scale[0] = f.s[0], scale[1] = f.s[1];
-        wide_issue<N>(c, f.a, desc + u * (N * 8) + i % 2 * 4);
+        wgmma_wait<0>(c);
+        wide_scale(acc, c, scale);
+    } else {
+#pragma unroll
+        for (int u = 0; u < SEG; u++) {
+            uint32_t a[F::STEPS][4];
+            F::steps(raw[u], a);
+            raw[u] = F::load(then + u * F::CHUNK, lane);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < F::STEPS; k++)
+                wgmma<N>(acc, a[k], desc + u * (N * 8) + k * 2, 1);
+            wgmma_commit();
+        }
+        wgmma_wait<0>(acc);
     }
-    wgmma_wait<0>(c);
-    wide_scale(acc, c, scale);
     wide_add(total, acc);
 }
 

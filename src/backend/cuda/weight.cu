@@ -37,7 +37,8 @@ static cuda_form form_of(q_type t) {
 static int chunk_bytes(cuda_form f) {
     switch (f) {
     case CUDA_FORM_MXFP4:
-        return form_mxfp4::CHUNK;
+    case CUDA_FORM_MXFP4_FAR:
+        return mxfp4_codes::CHUNK;
     case CUDA_FORM_Q8_0:
         return form_q8_0::CHUNK;
     case CUDA_FORM_F16:
@@ -189,6 +190,49 @@ static cudaError_t pack(cuda_dev *d, const pack_job *j, int kind, cudaStream_t s
         pack_kernel<Q_F32><<<grid, 32, 0, s>>>(*j, tile0, d->flag);
     }
     return cudaGetLastError();
+}
+
+/* to[0]: the largest scale of n chunks; to[1]: 256 less the smallest. */
+static __global__ void scale_range_kernel(const uint8_t *chunks, int64_t n, int *to) {
+    const int lane = threadIdx.x % 32;
+    int most = 0, least = 256;
+    for (int64_t i = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; i < n; i += gridDim.x * (blockDim.x / 32)) {
+        const int s = mxfp4_scale(chunks + i * mxfp4_codes::CHUNK, lane);
+        most = max(most, s);
+        least = s ? min(least, s) : least;
+    }
+    atomicMax(to, most);
+    atomicMax(to + 1, 256 - least);
+}
+
+static __global__ void scale_power_kernel(uint8_t *chunks, int64_t n, int top) {
+    const int lane = threadIdx.x % 32;
+    for (int64_t i = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; i < n; i += gridDim.x * (blockDim.x / 32)) {
+        uint8_t *chunk = chunks + i * mxfp4_codes::CHUNK;
+        const int s = mxfp4_scale(chunk, lane);
+        chunk[512 + lane] = form_mxfp4::power(s, top);
+    }
+}
+
+/* Scales of a packed MXFP4 matrix become powers in f16, or it is one whose scales are too far apart for that. */
+static orcd_status settle_scales(cuda_dev *d, cuda_matrix *m, orcd_error *err) {
+    const int64_t n = (int64_t)(matrix_bytes(m) / (uint64_t)m->chunk_bytes);
+    int range[2] = {0, 0};
+    if (d->dry)
+        return ORCD_OK;
+    CUDA_TRY(d, "clearing a flag", cudaMemsetAsync(d->flag, 0, sizeof range, d->copy));
+    scale_range_kernel<<<1024, 256, 0, d->copy>>>(m->data, n, d->flag);
+    CUDA_TRY(d, "looking at scales", cudaMemcpyAsync(range, d->flag, sizeof range, cudaMemcpyDeviceToHost, d->copy));
+    CUDA_TRY(d, "looking at scales", cudaStreamSynchronize(d->copy));
+    if (range[0] == 255 || range[0] - (256 - range[1]) > form_mxfp4::SPAN) {
+        m->form = CUDA_FORM_MXFP4_FAR;
+        m->factor = form_mxfp4_far::FACTOR;
+        return ORCD_OK;
+    }
+    m->factor = ldexpf(1, range[0] - 128);
+    scale_power_kernel<<<1024, 256, 0, d->copy>>>(m->data, n, range[0]);
+    CUDA_TRY(d, "rewriting scales", cudaGetLastError());
+    return ORCD_OK;
 }
 
 /* ---- moving rows up ---- */
@@ -421,7 +465,9 @@ static orcd_status load_matrices(cuda_dev *d, const be_load *l, cuda_weight *w, 
             }
             ORCD_TRY(load_matrix(d, l, i, parts, m, power, &big, err));
         }
-        m->factor = (m->form == CUDA_FORM_MXFP4 ? form_mxfp4::FACTOR : 1.f) / power;
+        m->factor = 1.f / power;
+        if (m->form == CUDA_FORM_MXFP4)
+            ORCD_TRY(settle_scales(d, m, err));
     }
     return ORCD_OK;
 }

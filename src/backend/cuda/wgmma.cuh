@@ -50,6 +50,10 @@ static __device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (
 #define WG_S1 WG_S0 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define WG_S2 WG_S1 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define WG_S3 WG_S2 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define WG_S4 WG_S3 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define WG_S5 WG_S4 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define WG_S6 WG_S5 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define WG_S7 WG_S6 ",%56,%57,%58,%59,%60,%61,%62,%63"
 #define WG_DEFINE(N, REGS, A0, A1, A2, A3, DESC, KEEP, ...)                                                            \
     template <>                                                                                                        \
     __device__ __forceinline__ void wgmma<N>(float(&d)[N / 2], const uint32_t(&a)[4], uint64_t desc, int keep) {       \
@@ -67,6 +71,12 @@ WG_DEFINE(40, WG_S1 ",%16,%17,%18,%19", "20", "21", "22", "23", "24", "25", WG_R
 WG_DEFINE(48, WG_S2, "24", "25", "26", "27", "28", "29", WG_R8(0), WG_R8(8), WG_R8(16))
 WG_DEFINE(56, WG_S2 ",%24,%25,%26,%27", "28", "29", "30", "31", "32", "33", WG_R8(0), WG_R8(8), WG_R8(16), WG_R4(24))
 WG_DEFINE(64, WG_S3, "32", "33", "34", "35", "36", "37", WG_R8(0), WG_R8(8), WG_R8(16), WG_R8(24))
+WG_DEFINE(80, WG_S4, "40", "41", "42", "43", "44", "45", WG_R8(0), WG_R8(8), WG_R8(16), WG_R8(24), WG_R8(32))
+WG_DEFINE(96, WG_S5, "48", "49", "50", "51", "52", "53", WG_R8(0), WG_R8(8), WG_R8(16), WG_R8(24), WG_R8(32), WG_R8(40))
+WG_DEFINE(112, WG_S6, "56", "57", "58", "59", "60", "61", WG_R8(0), WG_R8(8), WG_R8(16), WG_R8(24), WG_R8(32),
+          WG_R8(40), WG_R8(48))
+WG_DEFINE(128, WG_S7, "64", "65", "66", "67", "68", "69", WG_R8(0), WG_R8(8), WG_R8(16), WG_R8(24), WG_R8(32),
+          WG_R8(40), WG_R8(48), WG_R8(56))
 #undef WG_DEFINE
 #undef WG_R8
 #undef WG_R4
@@ -74,13 +84,21 @@ WG_DEFINE(64, WG_S3, "32", "33", "34", "35", "36", "37", WG_R8(0), WG_R8(8), WG_
 #undef WG_S1
 #undef WG_S2
 #undef WG_S3
+#undef WG_S4
+#undef WG_S5
+#undef WG_S6
+#undef WG_S7
 
 /* Registers written before are seen by the products that follow. */
 static __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 static __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-/* All but the last LEFT groups are done; v is what one of those wrote, and must not be read before. */
-template <int LEFT, int R> static __device__ __forceinline__ void wgmma_wait(float (&v)[R]) {
+/* All but the last LEFT groups are done: only then may registers that they read get other values. */
+template <int LEFT> static __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+/* v: what one of those wrote; it must not be read before. */
+template <int LEFT, int R> static __device__ __forceinline__ void wgmma_wait(float (&v)[R]) {
+    wgmma_wait<LEFT>();
 #pragma unroll
     for (int i = 0; i < R; i++)
         asm volatile("" : "+f"(v[i])::"memory");

@@ -39,6 +39,13 @@ static __device__ __forceinline__ int wide_at(int col, int64_t i) {
 void wide_pack(cuda_run *r, cuda_count rows, const int32_t *perm, int k, const uint16_t *x, int64_t ldx, uint8_t *out,
                int64_t ldo);
 void wide_dense(cuda_run *r, const cuda_matrix *m, const wide_args &a);
+/* Whether there are kernels for all of a weight's matrices. */
+static inline bool wide_can(const cuda_run *r, const cuda_weight *w) {
+    bool can = cuda_has_wide(r->dev);
+    for (int i = 0; i < w->n_matrix; i++)
+        can = can && w->matrix[i].form != CUDA_FORM_MXFP4_FAR;
+    return can;
+}
 
 template <class F> struct wide_plan {
     static constexpr int UNITS = F::CHUNK <= 1088 ? 3 : F::CHUNK <= 2048 ? 2 : 1; /* of a stage, at most */
@@ -133,7 +140,6 @@ static __device__ __forceinline__ void wide_scale(float (&acc)[R], const float (
         acc[i] = fmaf(s[i / 2 % 2], c[i], acc[i]);
 }
 
-/* A segment is over. */
 template <int R> static __device__ __forceinline__ void wide_add(float *total, float (&acc)[R]) {
 #pragma unroll
     for (int i = 0; i < R; i++) {
@@ -167,6 +173,12 @@ template <class F, int N> struct wide_scaled {
         desc = wgmma_desc(r.x + r.stage * P::X_BYTES);
         raw = F::load_shared(w, lane);
         f = F::block(raw, 0);
+    }
+
+    /* A segment is over. */
+    __device__ __forceinline__ void add(float (&total)[N]) {
+        wide_add(total, acc[0]);
+        wide_add(total + R, acc[1]);
     }
 
     /* A stage of UNITS units, open, without a break between products; opens the next. */
@@ -208,52 +220,59 @@ template <class F, int N> struct wide_scaled {
     }
 };
 
-/* The same for weights without scales: a segment is one chain. */
+/* The same for weights without: a segment is one chain. */
 template <class F, int N> struct wide_plain {
     using P = wide_plan<F>;
-    static constexpr int R = N / 2, HALF = N * 128 / 16, PLANES = F::CHUNK / 2048;
     wide_ring &r;
     int lane, at;
     const uint8_t *w;
     uint64_t desc;
-    float acc[2][R];
+    uint32_t f[F::STEPS][4]; /* the stage's first unit */
+    float acc[N];
 
     __device__ __forceinline__ wide_plain(wide_ring &ring, int tile, int l)
-        : r(ring), lane(l), at(tile * P::UNITS * F::CHUNK) {}
+        : r(ring), lane(l), at(tile * P::UNITS * F::CHUNK) {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            acc[i] = 0;
+    }
 
     __device__ __forceinline__ void open() {
         mbar_wait(r.full + 8 * r.stage, r.parity);
         w = r.w_ptr + r.stage * P::W_BYTES + at;
         desc = wgmma_desc(r.x + r.stage * P::X_BYTES);
+        F::steps(F::load_shared(w, lane), f);
     }
 
-    __device__ __forceinline__ void issue(const typename F::raw &q, uint64_t d, int keep) {
+    __device__ __forceinline__ void add(float (&total)[N]) {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            total[i] += acc[i];
+    }
+
+    __device__ __forceinline__ void issue(const uint32_t (&a)[F::STEPS][4], int unit, bool fresh) {
+        constexpr int EACH = F::STEPS / 4; /* products of the same columns */
         wgmma_fence();
 #pragma unroll
-        for (int b = 0; b < 2; b++)
-#pragma unroll
-            for (int p = 0; p < PLANES; p++) {
-                const uint4 lo = q.q[p][b][0], hi = q.q[p][b][1];
-                const uint32_t a0[4] = {lo.x, hi.x, lo.y, hi.y}, a1[4] = {lo.z, hi.z, lo.w, hi.w};
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    wgmma<N>(acc[h], a0, d + h * HALF + b * 4, keep || b || p);
-                    wgmma<N>(acc[h], a1, d + h * HALF + b * 4 + 2, 1);
-                }
-            }
+        for (int k = 0; k < F::STEPS; k++)
+            wgmma<2 * N>(acc, a[k], desc + unit * (WIDE_X_UNIT / 16) + k / (2 * EACH) * 4 + k % 2 * 2, k || !fresh);
         wgmma_commit();
     }
 
     template <int UNITS> __device__ __forceinline__ void run(bool first, bool more) {
+        issue(f, 0, first);
 #pragma unroll
-        for (int i = 0; i < UNITS; i++)
-            issue(F::load_shared(w + i * F::CHUNK, lane), desc + i * (WIDE_X_UNIT / 16), i || !first);
+        for (int i = 1; i < UNITS; i++) {
+            uint32_t g[F::STEPS][4];
+            F::steps(F::load_shared(w + i * F::CHUNK, lane), g);
+            issue(g, i, false);
+        }
         const uint32_t empty = r.empty + 8 * r.stage;
         wide_next<P::STAGES>(r);
+        wgmma_wait<UNITS - 1>(); /* nothing reads f any more */
         if (more)
             open();
-        wgmma_wait<0>(acc[0]);
-        wgmma_wait<0>(acc[1]);
+        wgmma_wait<0>(acc);
         if (lane == 0)
             mbar_arrive(empty);
     }
@@ -284,10 +303,8 @@ static __device__ __forceinline__ void wide_sum(const wide_args &a, wide_ring &r
             sum.template run<2>(first, u < a.l.n_unit);
         else
             sum.template run<1>(first, u < a.l.n_unit);
-        if (left == 0) {
-            wide_add(total, sum.acc[0]);
-            wide_add(total + N / 2, sum.acc[1]);
-        }
+        if (left == 0)
+            sum.add(total);
     }
 }
 
@@ -436,11 +453,10 @@ static __global__ __launch_bounds__(WIDE_THREADS, 1) void wide_kernel(const __gr
                 return;
             const int half = max((lin_columns<MODE>(a.l, a.cols, item / n_m).n + 15) / 16 * 8, 16);
 #define WIDE_CASE(N)                                                                                                   \
-    if constexpr (F::SCALED || N % 16 == 0)                                                                            \
-        if (half <= N) {                                                                                               \
-            wide_item<F, MODE, N>(a, item, n_m, r, role, lane);                                                        \
-            continue;                                                                                                  \
-        }
+    if (half <= N) {                                                                                                   \
+        wide_item<F, MODE, N>(a, item, n_m, r, role, lane);                                                            \
+        continue;                                                                                                      \
+    }
             WIDE_CASE(16)
             WIDE_CASE(24)
             WIDE_CASE(32)

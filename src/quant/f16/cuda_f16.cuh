@@ -14,7 +14,7 @@ template <int P> struct form_f16 {
     static constexpr int CHUNK = P * 2048;
     static constexpr int AHEAD = 2 / P;
     static constexpr bool SCALED = false; /* blocks have scales */
-    static constexpr float FACTOR = 1.f;
+    static constexpr int STEPS = 4 * P;   /* products of 16 columns in a unit */
 
     struct raw {
         uint4 q[P][2][2];
@@ -50,6 +50,15 @@ template <int P> struct form_f16 {
         for (int p = 0; p < P; p++) {
             mma_f16(acc, f.lo[p].x, f.hi[p].x, f.lo[p].y, f.hi[p].y, b.x, b.y);
             mma_f16(acc, f.lo[p].z, f.hi[p].z, f.lo[p].w, f.hi[p].w, b.z, b.w);
+        }
+    }
+    /* Operands of a unit. */
+    static __device__ __forceinline__ void steps(const raw &r, uint32_t (&a)[STEPS][4]) {
+#pragma unroll
+        for (int i = 0; i < 2 * P; i++) {
+            const uint4 lo = r.q[i % P][i / P][0], hi = r.q[i % P][i / P][1];
+            a[2 * i][0] = lo.x, a[2 * i][1] = hi.x, a[2 * i][2] = lo.y, a[2 * i][3] = hi.y;
+            a[2 * i + 1][0] = lo.z, a[2 * i + 1][1] = hi.z, a[2 * i + 1][2] = lo.w, a[2 * i + 1][3] = hi.w;
         }
     }
     template <int NT> static __device__ __forceinline__ void mma(const raw &w, const uint4 (*b)[2], float (*acc)[4]) {

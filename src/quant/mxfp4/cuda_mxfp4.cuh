@@ -8,18 +8,20 @@
  *     bit   15 14 13 12 11 10  9  8  7  6  5  4  3  2  1  0
  *           s0 s2 s3 s1 e0 e0 m0 e1 e1 m1 e2 e2 m2 e3 e3 m3
  *
- * A code becomes the f16 (s << 15 | eem << 9), its value times 2^-14, subnormals included: FACTOR undoes that after the
- * last sum. Scale 0 (2^-127) counts as zero; scale 255 gives infinities and NaN. */
+ * A code becomes the f16 (s << 15 | eem << 9), its value times 2^-14, subnormals included.
+ *
+ * Where the scales of a matrix are within 2^24 of each other, blocks of zeros aside, their bytes are replaced by the
+ * upper bytes of f16 powers, the largest 2^15: a code times its power is an exact f16, and a segment of columns one
+ * chain of products. Else (far) blocks are summed alone and scaled in f32; 0 (2^-127) counts as zero, 255 gives
+ * infinities and NaN. The sums are multiplied by a power of two of the whole matrix. */
 #ifndef ORCD_QUANT_CUDA_MXFP4_CUH
 #define ORCD_QUANT_CUDA_MXFP4_CUH
 
 #include "quant/fragment.cuh"
 
-struct form_mxfp4 {
+struct mxfp4_codes {
     static constexpr int CHUNK = 544;
-    static constexpr int AHEAD = 3;      /* chunks that a warp asks for before it waits for its input */
-    static constexpr bool SCALED = true; /* blocks have scales */
-    static constexpr float FACTOR = 16384.f;
+    static constexpr int AHEAD = 3; /* chunks that a warp asks for before it waits for its input */
 
     struct raw {
         uint4 q;
@@ -41,11 +43,60 @@ struct form_mxfp4 {
         p2 = ((w & 0x40384038u) * 66u) & m; /* sign << 1 and magnitude << 6 at once: collisions stay below the mask */
         p3 = ((w & 0x20072007u) * 516u) & m;
     }
+    /* Operands of block i as they are in the codes. */
+    static __device__ __forceinline__ void codes(const raw &r, int i, uint32_t (&a)[2][4]) {
+        word(i ? r.q.z : r.q.x, a[0][0], a[0][2], a[1][0], a[1][2]);
+        word(i ? r.q.w : r.q.y, a[0][1], a[0][3], a[1][1], a[1][3]);
+    }
+};
+
+struct form_mxfp4 : mxfp4_codes {
+    static constexpr bool SCALED = false; /* blocks enter the sums as they are */
+    static constexpr int SPAN = 24;       /* binary orders of scales that f16 has room for */
+    static constexpr int STEPS = 4;       /* products of 16 columns in a unit */
+
+    struct frag {
+        uint32_t a[2][4];
+    };
+    static __device__ __forceinline__ frag get(const raw &r, int i) {
+        frag f;
+        codes(r, i, f.a);
+        const uint32_t s[2] = {__byte_perm(r.s, 0, i ? 0x2424 : 0x0404), __byte_perm(r.s, 0, i ? 0x3434 : 0x1414)};
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            f.a[k / 4][k % 4] = f16x2_mul(f.a[k / 4][k % 4], s[k % 2]);
+        return f;
+    }
+    /* Operands of a unit. */
+    static __device__ __forceinline__ void steps(const raw &r, uint32_t (&a)[STEPS][4]) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const frag f = get(r, i);
+#pragma unroll
+            for (int k = 0; k < 8; k++)
+                a[i * 2 + k / 4][k % 4] = f.a[k / 4][k % 4];
+        }
+    }
+    static __device__ __forceinline__ void apply(float acc[4], const frag &f, uint4 b) {
+        mma_f16(acc, f.a[0][0], f.a[0][1], f.a[0][2], f.a[0][3], b.x, b.y);
+        mma_f16(acc, f.a[1][0], f.a[1][1], f.a[1][2], f.a[1][3], b.z, b.w);
+    }
+    template <int NT> static __device__ __forceinline__ void mma(const raw &w, const uint4 (*b)[2], float (*acc)[4]) {
+        mma_unit<form_mxfp4, NT>(w, b, acc);
+    }
+    /* The byte of an E8M0 scale where the largest is `top`. */
+    static __device__ __forceinline__ uint8_t power(int scale, int top) {
+        return scale == 0 || top - scale > SPAN ? (uint8_t)0 : (uint8_t)((30 - (top - scale)) << 2);
+    }
+};
+
+struct form_mxfp4_far : mxfp4_codes {
+    static constexpr bool SCALED = true; /* blocks have scales */
+    static constexpr float FACTOR = 16384.f;
 
     static __device__ __forceinline__ frag_block block(const raw &r, int i) {
         frag_block f;
-        word(i ? r.q.z : r.q.x, f.a[0][0], f.a[0][2], f.a[1][0], f.a[1][2]);
-        word(i ? r.q.w : r.q.y, f.a[0][1], f.a[0][3], f.a[1][1], f.a[1][3]);
+        codes(r, i, f.a);
         const uint32_t s = i ? r.s >> 16 : r.s;
         f.s[0] = __uint_as_float(s << 23 & 0x7F800000u);
         f.s[1] = __uint_as_float(s << 15 & 0x7F800000u);
@@ -57,9 +108,22 @@ struct form_mxfp4 {
     static __device__ __forceinline__ void apply(float acc[4], const frag &f, uint4 b) { mma_block_scaled(acc, f, b); }
     /* acc += 16 x 64 weights times NT x 8 tokens; b[n][i]: the lane's eight activations of block i */
     template <int NT> static __device__ __forceinline__ void mma(const raw &w, const uint4 (*b)[2], float (*acc)[4]) {
-        mma_unit<form_mxfp4, NT>(w, b, acc);
+        mma_unit<form_mxfp4_far, NT>(w, b, acc);
     }
 };
+
+/* Lane (g, t)'s scale of a chunk: byte t of word g; 0 where the block's codes are all zero, unless it is no number. */
+static __device__ __forceinline__ int mxfp4_scale(const uint8_t *chunk, int lane) {
+    const uint4 q = *(const uint4 *)(chunk + lane * 16);
+    const uint32_t w[4] = {q.x, q.y, q.z, q.w};
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t rows = __ballot_sync(~0u, (w[i] & 0x0FFF0FFFu) != 0);
+        any = lane % 4 == i ? rows >> (lane & ~3) & 15 : any;
+    }
+    return any || chunk[512 + lane] == 255 ? chunk[512 + lane] : 0;
+}
 
 /* One lane of one chunk. row(r): the canonical row of tile row r, NULL packs zeros. */
 template <class Rows>

@@ -12,7 +12,6 @@ struct form_q8_0 {
     static constexpr int CHUNK = 1088;
     static constexpr int AHEAD = 3;      /* chunks that a warp asks for before it waits for its input */
     static constexpr bool SCALED = true; /* blocks have scales */
-    static constexpr float FACTOR = 1.f;
 
     struct raw {
         uint4 q[2];
