@@ -40,7 +40,7 @@ static __device__ __forceinline__ void rotate(float &lo, float &hi, float2 cs) {
 static __device__ __forceinline__ float glu(float g, float u, float alpha, float limit) {
     g = g > limit ? limit : g;
     u = u > limit ? limit : u < -limit ? -limit : u;
-    return g / (1.f + __expf(-alpha * g)) * (u + 1.f);
+    return __fdividef(g, 1.f + __expf(-alpha * g)) * (u + 1.f);
 }
 
 /* Softmax in base 2 over parts of the keys: the running maximum m, the sum l and one output o. */

@@ -92,12 +92,10 @@ static __device__ __forceinline__ void mid_segment(typename F::raw (&raw)[SEG], 
 /* Results of GATE_UP: gate in row g, up in row g + 8 of a tile. */
 template <int N>
 static __device__ __forceinline__ void mid_put_glu(const lin_args &a, const lin_cols &c, int tile, int lane,
-                                                   const float (&total)[N / 2]) {
+                                                   const float (&bias)[2], const float (&total)[N / 2]) {
     const int g = lane >> 2, t = lane & 3, ff = tile * 8 + g;
     if (ff >= a.n_row)
         return;
-    const float bg = a.bias ? a.bias[c.mat * a.bias_mat + ff] : 0.f;
-    const float bu = a.bias ? a.bias[c.mat * a.bias_mat + a.n_row + ff] : 0.f;
     uint16_t *y = a.yh + (int64_t)(c.first + 2 * t) * a.ldh + ff;
 #pragma unroll
     for (int i = 0; i < N / 8; i++)
@@ -105,8 +103,8 @@ static __device__ __forceinline__ void mid_put_glu(const lin_args &a, const lin_
         for (int e = 0; e < 2; e++) {
             float gate = __fmul_rn(total[i * 4 + e], a.factor), up = __fmul_rn(total[i * 4 + 2 + e], a.factor);
             if (a.bias) {
-                gate += bg;
-                up += bu;
+                gate += bias[0];
+                up += bias[1];
             }
             if (i * 8 + 2 * t + e < c.n)
                 y[(int64_t)(i * 8 + e) * a.ldh] = f16_bits(glu(gate, up, a.alpha, a.limit));
@@ -133,10 +131,12 @@ static __device__ __forceinline__ void mid_pieces(const lin_args &a, const lin_c
             desc += P::SEG * (N * 8);
         }
         const int tile = piece * 4 + warp;
+        float bias[2];
+        wide_bias<MODE>(a, c.mat, tile, lane, bias);
         if constexpr (MODE == LIN_GATE_UP)
-            mid_put_glu<N>(a, c, tile, lane, total);
+            mid_put_glu<N>(a, c, tile, lane, bias, total);
         else
-            wide_put<MODE, N>(a, c, tile, lane, total);
+            wide_put<MODE, N>(a, c, MODE == LIN_DOWN ? a.perm + c.first : NULL, tile, lane, bias, 0, total);
         src = next;
     }
 }

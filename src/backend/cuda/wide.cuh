@@ -1,10 +1,10 @@
 /* backend/cuda/wide.cuh: packed matrices times many rows on Hopper: the bits of linear.cuh's kernels, by wgmma.
  *
- * Weights are the register operand, unpacked as they are; activations come from shared memory. A block computes items
- * of 128 matrix rows and up to 128 activation rows: one warp fills a ring of stages with bulk copies, two groups of
- * four warps take 64 matrix rows each. Experts' items cost different times: a block takes the next when it has done
- * one. A group keeps two products in flight, one for each half of the activation rows, and scales one half's block sums
- * while the other half, and the other group, have the tensor cores.
+ * Weights are the register operand; activations come from shared memory. A block computes items of 128 matrix rows and
+ * up to 128 activation rows: one warp fills a ring of stages with bulk copies, two groups of four warps take 64 matrix
+ * rows each. Experts' items cost different times: a block takes the next when it has done one. Where blocks of columns
+ * have scales, a group keeps two products in flight, one for each half of the activation rows, and scales one half's
+ * block sums while the other half, and the other group, have the tensor cores.
  *
  * Activations lie in the order in which the copies take them: [unit of 64 columns][row][128 bytes], the 16-byte pieces
  * of a row swizzled with its index, so the first row of an item is a multiple of 8. Inside each block of 32 columns the
@@ -47,11 +47,19 @@ static inline bool wide_can(const cuda_run *r, const cuda_weight *w) {
     return can;
 }
 
+/* An item, as the copies' warp leaves it for the others: in shared memory, one more than there are stages, so that it
+ * is still there when its results are stored. */
+struct wide_work {
+    lin_cols c; /* n 0: no more items */
+    int tile0;
+    int32_t to[WIDE_COLS]; /* DOWN: perm */
+};
+
 template <class F> struct wide_plan {
     static constexpr int UNITS = F::CHUNK <= 1088 ? 3 : F::CHUNK <= 2048 ? 2 : 1; /* of a stage, at most */
     static constexpr int X_BYTES = UNITS * WIDE_X_UNIT, W_BYTES = WIDE_TILES * UNITS * F::CHUNK;
     static constexpr int FIT = (225 * 1024) / (X_BYTES + W_BYTES), STAGES = FIT < 8 ? FIT : 8;
-    static constexpr int SHARED = STAGES * (X_BYTES + W_BYTES) + 1024 + 256;
+    static constexpr int SHARED = STAGES * (X_BYTES + W_BYTES) + 1024 + 256 + (STAGES + 1) * (int)sizeof(wide_work);
 };
 
 /* Units of the next stage; a stage is of one segment, of which `left` units are not in a stage yet. */
@@ -66,10 +74,12 @@ struct wide_ring { /* addresses in shared memory; the place that a thread has re
     const uint8_t *w_ptr;
     int stage;
     uint32_t parity;
+    int item; /* the next one's place */
 };
-/* The item that the stage in hand begins, -1: there is no other. */
-template <class P> static __device__ __forceinline__ volatile int *wide_begins(const wide_ring &r) {
-    return (volatile int *)(r.w_ptr + P::STAGES * (P::W_BYTES + 16)) + r.stage;
+template <class P> static __device__ __forceinline__ wide_work *wide_next_work(wide_ring &r) {
+    wide_work *work = (wide_work *)(r.w_ptr + P::STAGES * (P::W_BYTES + 16)) + r.item;
+    r.item = r.item == P::STAGES ? 0 : r.item + 1;
+    return work;
 }
 template <int STAGES> static __device__ __forceinline__ void wide_next(wide_ring &r) {
     if (++r.stage == STAGES) {
@@ -78,8 +88,9 @@ template <int STAGES> static __device__ __forceinline__ void wide_next(wide_ring
     }
 }
 
-/* One warp's copies for one item. */
-template <class F> static __device__ void wide_fill(const wide_args &a, const lin_cols &c, int tile0, wide_ring &r) {
+/* One warp's copies for one item. The first stage brings `work` along. */
+template <class F, lin_mode MODE>
+static __device__ void wide_fill(const wide_args &a, const lin_cols &c, int tile0, wide_work *work, wide_ring &r) {
     using P = wide_plan<F>;
     const int lane = threadIdx.x % 32, rows = (c.n + 7) & ~7;
     const uint8_t *w =
@@ -90,8 +101,12 @@ template <class F> static __device__ void wide_fill(const wide_args &a, const li
         n = wide_units<F>(left);
         mbar_wait(r.empty + 8 * r.stage, r.parity ^ 1);
         const uint32_t full = r.full + 8 * r.stage;
-        if (lane == 0)
-            mbar_expect(full, (uint32_t)(n * (rows * 128 + WIDE_TILES * F::CHUNK)));
+        const bool perm = MODE == LIN_DOWN && u == 0;
+        if (lane == 0) {
+            if (u == 0)
+                work->c = c, work->tile0 = tile0;
+            mbar_expect(full, (uint32_t)(n * (rows * 128 + WIDE_TILES * F::CHUNK) + perm * rows * 4));
+        }
         __syncwarp();
         if (lane < WIDE_TILES)
             bulk_copy(r.w + r.stage * P::W_BYTES + lane * (P::UNITS * F::CHUNK), w + (int64_t)u * F::CHUNK,
@@ -99,6 +114,8 @@ template <class F> static __device__ void wide_fill(const wide_args &a, const li
         else if (lane < WIDE_TILES + n)
             bulk_copy(r.x + r.stage * P::X_BYTES + (lane - WIDE_TILES) * WIDE_X_UNIT,
                       a.x + ((int64_t)(u + lane - WIDE_TILES) * a.ldx + c.first) * 128, (uint32_t)rows * 128, full);
+        else if (perm && lane == 31)
+            bulk_copy((uint32_t)__cvta_generic_to_shared(work->to), a.l.perm + c.first, (uint32_t)rows * 4, full);
         wide_next<P::STAGES>(r);
     }
 }
@@ -106,21 +123,19 @@ template <class F> static __device__ void wide_fill(const wide_args &a, const li
 /* One warp's copies for the items of a block. */
 template <class F, lin_mode MODE>
 static __device__ void wide_feed(const wide_args &a, int n_m, int total, wide_ring &r) {
+    using P = wide_plan<F>;
     const int lane = threadIdx.x % 32;
-    for (int item = blockIdx.x, then;; item = __shfl_sync(~0u, then, 0)) {
-        const bool there = item < total;
+    for (int item = blockIdx.x, then; item < total; item = __shfl_sync(~0u, then, 0)) {
         then = item + gridDim.x;
-        if (MODE != LIN_DENSE && there && lane == 0) /* on its way while this one's copies are */
+        if (MODE != LIN_DENSE && lane == 0) /* on its way while this one's copies are */
             then = (int)gridDim.x + atomicAdd(a.taken, 1);
-        mbar_wait(r.empty + 8 * r.stage, r.parity ^ 1);
-        if (lane == 0)
-            *wide_begins<wide_plan<F>>(r) = there ? item : -1;
-        if (!there) {
-            if (lane == 0)
-                mbar_arrive(r.full + 8 * r.stage);
-            return;
-        }
-        wide_fill<F>(a, lin_columns<MODE>(a.l, a.cols, item / n_m), item % n_m * WIDE_TILES, r);
+        wide_fill<F, MODE>(a, lin_columns<MODE>(a.l, a.cols, item / n_m), item % n_m * WIDE_TILES, wide_next_work<P>(r),
+                           r);
+    }
+    mbar_wait(r.empty + 8 * r.stage, r.parity ^ 1);
+    if (lane == 0) {
+        wide_next_work<P>(r)->c.n = 0;
+        mbar_arrive(r.full + 8 * r.stage);
     }
 }
 
@@ -308,60 +323,59 @@ static __device__ __forceinline__ void wide_sum(const wide_args &a, wide_ring &r
     }
 }
 
-/* Results of DENSE and DOWN: rows g and g + 8 of a tile, N columns. What is read is read for eight columns at once. */
+/* Biases of the lane's two rows of a tile. */
+template <lin_mode MODE>
+static __device__ __forceinline__ void wide_bias(const lin_args &l, int mat, int tile, int lane, float (&bias)[2]) {
+#pragma unroll
+    for (int q = 0; q < 2; q++) {
+        const int row = MODE == LIN_GATE_UP ? tile * 8 + lane / 4 : lin_row(l, tile, lane / 4 + 8 * q);
+        const bool there = tile < l.n_tile && row < l.n_row;
+        bias[q] = l.bias && there ? l.bias[mat * l.bias_mat + (MODE == LIN_GATE_UP ? q * l.n_row : l.row0) + row] : 0.f;
+    }
+}
+
+/* Results of DENSE and DOWN: rows g and g + 8 of a tile, columns col0 .. col0 + N - 1. perm: DOWN's, of the columns.
+ * What is read is read for all of them at once. */
 template <lin_mode MODE, int N>
-static __device__ __forceinline__ void wide_put(const lin_args &l, const lin_cols &c, int tile, int lane,
-                                                const float (&total)[N / 2]) {
+static __device__ __forceinline__ void wide_put(const lin_args &l, const lin_cols &c, const int32_t *perm, int tile,
+                                                int lane, const float (&bias)[2], int col0, float *total) {
     const int g = lane >> 2, t = lane & 3;
     const int row[2] = {lin_row(l, tile, g), lin_row(l, tile, g + 8)};
     const bool there[2] = {tile < l.n_tile && row[0] < l.n_row, tile < l.n_tile && row[1] < l.n_row};
-    float bias[2] = {0, 0};
+    int to[N / 4]; /* rows of y, -1: no such column */
 #pragma unroll
-    for (int q = 0; q < 2; q++)
-        if (l.bias && there[q])
-            bias[q] = l.bias[c.mat * l.bias_mat + l.row0 + row[q]];
+    for (int j = 0; j < N / 4; j++) {
+        const int col = col0 + j / 2 * 8 + 2 * t + j % 2;
+        to[j] = col >= c.n ? -1 : MODE == LIN_DOWN ? perm[col] : c.first + col;
+    }
 #pragma unroll
-    for (int i0 = 0; i0 < N / 8; i0 += 4) {
-        constexpr int MOST = N / 8 < 4 ? N / 8 : 4;
-        const int n = N / 8 - i0 < MOST ? N / 8 - i0 : MOST; /* known when the loop is unrolled */
-        int64_t to[2 * MOST];                                /* -1: no such column */
-        float v[2 * MOST][2];
+    for (int i = 0; i < N / 2; i++) {
+        total[i] = __fmul_rn(total[i], l.factor);
+        if (l.bias)
+            total[i] += bias[i / 2 % 2];
+    }
+    if (MODE == LIN_DENSE && l.epilogue == BE_EPI_ADD) {
+        float old[N / 2];
 #pragma unroll
-        for (int j = 0; j < 2 * n; j++) {
-            const int col = (i0 + j / 2) * 8 + 2 * t + j % 2;
-            to[j] = col >= c.n ? -1 : MODE == LIN_DOWN ? l.perm[c.first + col] : c.first + col;
+        for (int i = 0; i < N / 2; i++)
+            if (to[i / 4 * 2 + i % 2] >= 0 && there[i / 2 % 2])
+                old[i] = l.y[to[i / 4 * 2 + i % 2] * l.ldy + l.row0 + row[i / 2 % 2]];
+#pragma unroll
+        for (int i = 0; i < N / 2; i++)
+            total[i] = old[i] + total[i];
+    } else if (MODE == LIN_DENSE && l.epilogue != BE_EPI_NONE) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++)
+            total[i] = l.epilogue == BE_EPI_GELU_TANH ? gelu_tanh(total[i]) : gelu_erf(total[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+        const int at = to[i / 4 * 2 + i % 2], q = i / 2 % 2;
+        if (at >= 0 && there[q]) {
+            l.y[at * l.ldy + l.row0 + row[q]] = total[i];
+            if (MODE == LIN_DENSE && l.yh)
+                l.yh[at * l.ldh + l.row0 + row[q]] = f16_bits(total[i]);
         }
-#pragma unroll
-        for (int j = 0; j < 2 * n; j++)
-#pragma unroll
-            for (int q = 0; q < 2; q++) {
-                const int i = i0 + j / 2;
-                v[j][q] = __fmul_rn(total[i * 4 + 2 * q + j % 2], l.factor);
-                if (l.bias)
-                    v[j][q] += bias[q];
-            }
-        if (MODE == LIN_DENSE && l.epilogue == BE_EPI_ADD) {
-            float old[2 * MOST][2];
-#pragma unroll
-            for (int j = 0; j < 4 * n; j++)
-                if (to[j / 2] >= 0 && there[j % 2])
-                    old[j / 2][j % 2] = l.y[to[j / 2] * l.ldy + l.row0 + row[j % 2]];
-#pragma unroll
-            for (int j = 0; j < 4 * n; j++)
-                v[j / 2][j % 2] = old[j / 2][j % 2] + v[j / 2][j % 2];
-        } else if (MODE == LIN_DENSE && l.epilogue != BE_EPI_NONE) {
-#pragma unroll
-            for (int j = 0; j < 4 * n; j++)
-                v[j / 2][j % 2] =
-                    l.epilogue == BE_EPI_GELU_TANH ? gelu_tanh(v[j / 2][j % 2]) : gelu_erf(v[j / 2][j % 2]);
-        }
-#pragma unroll
-        for (int j = 0; j < 4 * n; j++)
-            if (to[j / 2] >= 0 && there[j % 2]) {
-                l.y[to[j / 2] * l.ldy + l.row0 + row[j % 2]] = v[j / 2][j % 2];
-                if (MODE == LIN_DENSE && l.yh)
-                    l.yh[to[j / 2] * l.ldh + l.row0 + row[j % 2]] = f16_bits(v[j / 2][j % 2]);
-            }
     }
 }
 
@@ -369,45 +383,51 @@ static __device__ __forceinline__ void wide_put(const lin_args &l, const lin_col
  * of neighbouring rows exchange, so that each stores two of one activation row. */
 template <int N>
 static __device__ __forceinline__ void wide_put_glu(const wide_args &a, const lin_cols &c, int tile, int lane,
-                                                    const float (&total)[N]) {
-    const int g = lane >> 2, t = lane & 3, ff = tile * 8 + g, odd = g & 1;
+                                                    const float (&bias)[2], const float (&total)[N]) {
+    const int g = lane >> 2, ff = tile * 8 + g, odd = g & 1, col = 2 * (lane & 3) + odd; /* of eight */
     const lin_args &l = a.l;
     const bool there = ff < l.n_row;
-    const float bg = l.bias && there ? l.bias[c.mat * l.bias_mat + ff] : 0.f;
-    const float bu = l.bias && there ? l.bias[c.mat * l.bias_mat + l.n_row + ff] : 0.f;
-    uint8_t *out = a.hidden + (int64_t)(tile / 8) * a.ldx * 128;
+    uint8_t *out = a.hidden + ((tile / 8) * a.ldx + c.first + col) * 128 + wide_at(ff & 62, col);
+    float v[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+        float gate = __fmul_rn(total[i / 2 * 4 + i % 2], l.factor);
+        float up = __fmul_rn(total[i / 2 * 4 + 2 + i % 2], l.factor);
+        if (l.bias) {
+            gate += bias[0];
+            up += bias[1];
+        }
+        v[i] = glu(gate, up, l.alpha, l.limit);
+        v[i] = there ? v[i] : 0.f;
+    }
 #pragma unroll
     for (int i = 0; i < N / 4; i++) {
-        float v[2];
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            float gate = __fmul_rn(total[i * 4 + e], l.factor);
-            float up = __fmul_rn(total[i * 4 + 2 + e], l.factor);
-            if (l.bias) {
-                gate += bg;
-                up += bu;
-            }
-            v[e] = there ? glu(gate, up, l.alpha, l.limit) : 0.f;
-        }
-        const float other = __shfl_xor_sync(~0u, odd ? v[0] : v[1], 4);
-        const int col = i * 8 + 2 * t + odd;
-        const int64_t row = c.first + col;
-        if (col < c.n)
-            *(uint32_t *)(out + row * 128 + wide_at(ff & 62, row)) = odd ? f16x2(other, v[1]) : f16x2(v[0], other);
+        const float other = __shfl_xor_sync(~0u, odd ? v[2 * i] : v[2 * i + 1], 4);
+        if (i * 8 + col < c.n)
+            *(uint32_t *)(out + i * 1024) = odd ? f16x2(other, v[2 * i + 1]) : f16x2(v[2 * i], other);
     }
 }
 
 template <class F, lin_mode MODE, int N>
-static __device__ __forceinline__ void wide_item(const wide_args &a, int item, int n_m, wide_ring &r, int group,
+static __device__ __forceinline__ void wide_item(const wide_args &a, const wide_work *work, wide_ring &r, int group,
                                                  int lane) {
-    float total[N];
+    const int tile = work->tile0 + group * 4 + threadIdx.x / 32 % 4;
+    float bias[2], total[N];
+    if (!F::SCALED) /* else there are no registers to spare */
+        wide_bias<MODE>(a.l, work->c.mat, tile, lane, bias);
     wide_sum<F, N>(a, r, group, lane, total);
-    const lin_cols c = lin_columns<MODE>(a.l, a.cols, item / n_m);
-    const int tile = item % n_m * WIDE_TILES + group * 4 + threadIdx.x / 32 % 4;
+    const lin_cols c = work->c;
+    if (F::SCALED)
+        wide_bias<MODE>(a.l, c.mat, tile, lane, bias);
     if constexpr (MODE == LIN_GATE_UP)
-        wide_put_glu<N>(a, c, tile, lane, total);
+        wide_put_glu<N>(a, c, tile, lane, bias, total);
     else
-        wide_put<MODE, 2 * N>(a.l, c, tile, lane, total);
+#pragma unroll
+        for (int i = 0; i < 2 * N; i += 32)
+            if (2 * N - i >= 32)
+                wide_put<MODE, 32>(a.l, c, work->to, tile, lane, bias, i, total + i / 2);
+            else
+                wide_put<MODE, 16>(a.l, c, work->to, tile, lane, bias, i, total + i / 2);
 }
 #endif
 
@@ -425,6 +445,7 @@ static __global__ __launch_bounds__(WIDE_THREADS, 1) void wide_kernel(const __gr
     r.empty = r.full + 8 * P::STAGES;
     r.stage = 0;
     r.parity = 0;
+    r.item = 0;
     const int role = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (int i = 0; i < P::STAGES; i++) {
@@ -448,13 +469,13 @@ static __global__ __launch_bounds__(WIDE_THREADS, 1) void wide_kernel(const __gr
         set_registers_up<240>();
         for (;;) {
             mbar_wait(r.full + 8 * r.stage, r.parity);
-            const int item = __shfl_sync(~0u, *wide_begins<P>(r), 0);
-            if (item < 0)
+            const wide_work *work = wide_next_work<P>(r);
+            const int n = __shfl_sync(~0u, work->c.n, 0), half = max((n + 15) / 16 * 8, 16);
+            if (n == 0)
                 return;
-            const int half = max((lin_columns<MODE>(a.l, a.cols, item / n_m).n + 15) / 16 * 8, 16);
 #define WIDE_CASE(N)                                                                                                   \
     if (half <= N) {                                                                                                   \
-        wide_item<F, MODE, N>(a, item, n_m, r, role, lane);                                                            \
+        wide_item<F, MODE, N>(a, work, r, role, lane);                                                                 \
         continue;                                                                                                      \
     }
             WIDE_CASE(16)
