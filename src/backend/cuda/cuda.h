@@ -385,6 +385,8 @@ void cuda_run_begin(cuda_run *r); /* spread the upload, apply page-table changes
 void cuda_run_embed(cuda_run *r, const cuda_cmd *c);
 void cuda_run_norm(cuda_run *r, const cuda_cmd *c);
 void cuda_run_linear(cuda_run *r, const cuda_cmd *c);
+bool cuda_can_linear_rope(const cuda_run *r, const cuda_cmd *c, const cuda_cmd *rope);
+void cuda_run_linear_rope(cuda_run *r, const cuda_cmd *c, const cuda_cmd *rope); /* and RoPE that follows; NULL */
 void cuda_run_rope(cuda_run *r, const cuda_cmd *c);
 void cuda_run_kv_write(cuda_run *r, const cuda_cmd *c);
 bool cuda_can_rope_write(const cuda_run *r, const cuda_cmd *rope, const cuda_cmd *write);

@@ -32,7 +32,19 @@ static int stream_width(int rows) {
     return rows > 64 ? 0 : rows <= 32 ? 16 : STREAM_MAX_COLS;
 }
 
-void cuda_run_linear(cuda_run *r, const cuda_cmd *c) {
+/* Products of more rows than that are those of wide.cuh and mid.cuh, where these are. */
+#define FEW_ROWS 48
+
+bool cuda_can_linear_rope(const cuda_run *r, const cuda_cmd *c, const cuda_cmd *rope) {
+    const cuda_matrix *m = &c->w->matrix[0];
+    return cuda_rows_of(r, c).cap > FEW_ROWS && wide_can(r, c->w) && rope->op == CUDA_OP_ROPE && rope->x == c->y &&
+           rope->freq >= 0 && rope->attn.head_dim == 64 && c->w->n_matrix == 1 && m->map == CUDA_ROWS_PAIR64 &&
+           c->epilogue == BE_EPI_NONE;
+}
+
+void cuda_run_linear(cuda_run *r, const cuda_cmd *c) { cuda_run_linear_rope(r, c, NULL); }
+
+void cuda_run_linear_rope(cuda_run *r, const cuda_cmd *c, const cuda_cmd *rope) {
     lin_args a = {};
     a.rows = cuda_rows_of(r, c);
     a.x = c->x->f16;
@@ -43,7 +55,12 @@ void cuda_run_linear(cuda_run *r, const cuda_cmd *c) {
     a.ldy = c->y->base.width;
     a.ldh = c->y->ld;
     a.epilogue = c->epilogue;
-    if (a.rows.cap > 48 && wide_can(r, c->w)) {
+    if (rope) {
+        cuda_run_rope_table(r, rope);
+        a.rope = r->dev->scratch.rope;
+        a.n_rope = (rope->attn.n_head + rope->attn.n_kv_head) * 64;
+    }
+    if (a.rows.cap > FEW_ROWS && wide_can(r, c->w)) {
         if (!run_mid(r, c, a))
             run_wide(r, c, a);
         return;

@@ -35,6 +35,8 @@ struct lin_args {
     int epilogue;
     cuda_rowmap map;
     float alpha, limit;
+    const float2 *rope; /* wide and mid products of q, k and v: cos and sin [row][64] for rows below n_rope, or NULL */
+    int n_rope;
 };
 
 /* Which columns (tokens) a block works on. */

@@ -484,6 +484,9 @@ static orcd_status run_commands(cuda_dev *d, cuda_step *s, cuda_run *r, orcd_err
         } else if (c->op == CUDA_OP_EXPERTS && next && cuda_can_combine_norm(c, next)) {
             cuda_run_experts_norm(r, c, next);
             i++;
+        } else if (c->op == CUDA_OP_LINEAR && next && cuda_can_linear_rope(r, c, next)) {
+            cuda_run_linear_rope(r, c, next);
+            i++;
         } else if (c->op == CUDA_OP_ROPE && next && cuda_can_rope_write(r, c, next)) {
             cuda_run_rope_write(r, c, next);
             i++;

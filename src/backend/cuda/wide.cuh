@@ -354,6 +354,15 @@ static __device__ __forceinline__ void wide_put(const lin_args &l, const lin_col
         if (l.bias)
             total[i] += bias[i / 2 % 2];
     }
+    if (MODE == LIN_DENSE && l.rope && row[0] < l.n_rope) { /* the two rows are a pair */
+        float2 cs[N / 4];
+#pragma unroll
+        for (int j = 0; j < N / 4; j++)
+            cs[j] = to[j] >= 0 ? l.rope[to[j] * 64 + row[0] % 64] : make_float2(0, 0);
+#pragma unroll
+        for (int j = 0; j < N / 4; j++)
+            rotate(total[j / 2 * 4 + j % 2], total[j / 2 * 4 + 2 + j % 2], cs[j]);
+    }
     if (MODE == LIN_DENSE && l.epilogue == BE_EPI_ADD) {
         float old[N / 2];
 #pragma unroll
