@@ -120,6 +120,7 @@ struct decode_run { /* what the launches of a step share */
     cuda_decode *d;
     int n_sm, n_embd;
     const cuda_cmd *first; /* layer */
+    int smem;              /* bytes that a CTA can have */
 };
 
 static dec_kv kv_of(const cuda_run *r, const be_attn *t) {
@@ -272,7 +273,9 @@ static void few_experts(const decode_run *s, const cuda_cmd *c, float *x, const 
     const int32_t *rows = &s->r->dev->arr.batch->n_tok;
     const dec_glu up = glu_of(e, s->d->h);
     const int n = s->n_embd;
-    launch(s->r, few_gate_up_kernel<EPL, R>, s->n_sm, ROW_THREADS, few_experts_smem<R>(),
+    /* All of the multiprocessor's shared memory: started beside out, whose end it awaits, it takes 94 us instead of 53.
+     */
+    launch(s->r, few_gate_up_kernel<EPL, R>, s->n_sm, ROW_THREADS, (size_t)s->smem - FEW_STATIC_SMEM,
            few_rows{rows, d->norm, n, d->done}, d->id, d->done + 2, up);
     const few_down a = {{rows, s->d->h, up.n_ff, d->done + 2},     d->id, d->weight, d->down, x, d->done + 1,
                         {norm->w->dense, norm->eps, n, d->norm, n}};
@@ -339,7 +342,7 @@ bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd) {
         cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, r->dev->ordinal) != cudaSuccess ||
         smem < 160 * 1024 || r->dev->n_sm > DEC_MAX_SM || r->dev->n_sm < FEW_MAX)
         return false;
-    const decode_run s = {r, r->dev->decode, r->dev->n_sm, (int)p.embed->y->base.width, p.layer};
+    const decode_run s = {r, r->dev->decode, r->dev->n_sm, (int)p.embed->y->base.width, p.layer, smem};
     cuda_run_embed(r, p.embed);
     cuda_run_rope_table(r, &p.layer[L_ROPE]);
     if (p.layer[L_QKV].w->matrix[0].form == CUDA_FORM_Q8_0)

@@ -63,8 +63,8 @@ __device__ __forceinline__ dec_tiles_list few_begin(Pipe &pipe, few_list &list, 
     return tiles;
 }
 
-/* h[row][slot][n_ff] (f16) = glu of the chosen experts' gate_up on the rows. One CTA a multiprocessor: with half
- * the registers and the next kernel's CTA beside it, which waits, it took almost twice as long. */
+/* h[row][slot][n_ff] (f16) = glu of the chosen experts' gate_up on the rows. One CTA a multiprocessor, and nothing else
+ * on it: beside a kernel that waits it takes almost twice as long. */
 template <int EPL, int R>
 __global__ void __launch_bounds__(ROW_THREADS, 1)
     few_gate_up_kernel(few_rows in, const int32_t *id, const uint32_t *routed, dec_glu a) {
@@ -203,6 +203,9 @@ template <int EPL, int R> __global__ void __launch_bounds__(ROW_THREADS, 1) few_
 }
 
 /* ---- shared memory, bytes ---- */
+
+constexpr int FEW_STATIC_SMEM = 1024; /* room for what the kernels have without asking */
+static_assert(sizeof(few_list) <= FEW_STATIC_SMEM / 2, "the list is not all");
 
 template <int R> constexpr size_t few_experts_smem() {
     using plan = few_expert_plan<R>;
