@@ -30,7 +30,3 @@ void part_name_set(char *path, const part_name *name, unsigned no) {
     for (int i = DIGITS; i > 0; i--, no /= 10)
         path[name->stem + (size_t)i] = (char)('0' + no % 10);
 }
-
-bool part_name_same(const char *a, const part_name *of_a, const char *b, const part_name *of_b) {
-    return of_a->count == of_b->count && of_a->stem == of_b->stem && memcmp(a, b, of_a->stem) == 0;
-}

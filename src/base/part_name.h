@@ -14,7 +14,5 @@ typedef struct part_name {
 bool part_name_read(const char *path, part_name *out);
 /* Rewrites a path that part_name_read accepted into that of part `no`, at most 99,999. */
 void part_name_set(char *path, const part_name *name, unsigned no);
-/* Do both, read from these paths, belong to one model? */
-bool part_name_same(const char *a, const part_name *of_a, const char *b, const part_name *of_b);
 
 #endif

@@ -55,9 +55,9 @@ static uint64_t whole_bytes(const hub_shelf *s, const char *name) {
     part_name p;
     uint64_t sum = 0;
     snprintf(part, sizeof part, "%s", name);
-    unsigned n_part = part_name_read(part, &p) ? p.count : 0;
-    for (unsigned no = 1; no <= n_part || no == 1; no++) {
-        if (n_part)
+    unsigned n_part = part_name_read(part, &p) ? p.count : 1;
+    for (unsigned no = 1; no <= n_part; no++) {
+        if (n_part > 1)
             part_name_set(part, &p, no);
         uint64_t bytes = sums_find(&s->sums, false, part) && hub_shelf_path(s, part, path) ? file_bytes(path) : 0;
         if (bytes == 0)
@@ -175,9 +175,9 @@ static orcd_status remove_files(hub_shelf *s, const char *name, orcd_error *err)
     part_name p;
     orcd_status st = ORCD_OK;
     snprintf(part, sizeof part, "%s", name);
-    unsigned n_part = part_name_read(part, &p) ? p.count : 0;
-    for (unsigned no = 1; (no <= n_part || no == 1) && st == ORCD_OK; no++) {
-        if (n_part)
+    unsigned n_part = part_name_read(part, &p) ? p.count : 1;
+    for (unsigned no = 1; no <= n_part && st == ORCD_OK; no++) {
+        if (n_part > 1)
             part_name_set(part, &p, no);
         if (hub_shelf_path(s, part, path) && unlink(path) != 0 && errno != ENOENT)
             st = orcd_fail(err, ORCD_ERR_IO, "cannot remove %s: %s", path, strerror(errno));
