@@ -631,6 +631,41 @@ static void an_answer_follows_its_grammar_from_its_first_token_on(void **state) 
     json_decref(schema);
 }
 
+static void a_strict_tool_is_called_with_what_its_grammar_says(void **state) {
+    static const struct {
+        const char *sampled;
+        bool allowed;
+    } t[] = {{CALL("get_it") "7<|call|>", true}, {ANALYSIS "9" NEXT CALL("get_it") "71<|call|>", true},
+             {CALL("put.it") "9<|call|>", true}, /* not strict */
+             {FINAL "9<|return|>", true},        {CALL("get_it") "<|call|>", false},
+             {CALL("get_it") "9", false},        {CALL("get_it") "71 ", false},
+             {CALL("get_it") "7<|end|>", false}};
+    const fixture *f = *state;
+    json_t *schema = json_pack("{s:[i,i]}", "enum", 7, 71);
+    grammar_vocab *vocab = NULL;
+    grammar *g[2] = {0};
+    chat_str name[2] = {chat_str_of("put.it"), chat_str_of("get_it")};
+    assert_int_equal(grammar_compile(schema, &g[1], NULL), ORCD_OK);
+    assert_int_equal(grammar_vocab_open(f->tiny, tok_n_vocab(f->tiny), &vocab), ORCD_OK);
+    harmony_mask_options o = {.name = name,
+                              .n_name = 2,
+                              .final = true,
+                              .preamble = true,
+                              .n_vocab = tok_n_vocab(f->tiny),
+                              .arguments = g,
+                              .vocab = vocab};
+    for (size_t i = 0; i < ORCD_COUNT(t); i++) {
+        harmony_mask *m = NULL;
+        assert_int_equal(harmony_mask_open(f->h, &o, &m, NULL), ORCD_OK);
+        if (follows(f, m, t[i].sampled) != t[i].allowed)
+            fail_msg("%s", t[i].sampled);
+        harmony_mask_close(m);
+    }
+    grammar_vocab_close(vocab);
+    grammar_close(g[1]);
+    json_decref(schema);
+}
+
 static void none_masks_recipients(void **state) {
     const fixture *f = *state;
     harmony_mask *m = open_mask(f, NULL, true, false);
@@ -695,6 +730,7 @@ int main(void) {
         cmocka_unit_test(long_headers_take_linear_time),
         cmocka_unit_test(required_masks_answers_until_a_call),
         cmocka_unit_test(an_answer_follows_its_grammar_from_its_first_token_on),
+        cmocka_unit_test(a_strict_tool_is_called_with_what_its_grammar_says),
         cmocka_unit_test(none_masks_recipients),
         cmocka_unit_test(named_forces_the_name),
     };

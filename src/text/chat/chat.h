@@ -52,6 +52,7 @@ typedef struct chat_message {
 typedef struct chat_tool {
     chat_str name, description;
     const json_t *parameters; /* JSON schema, NULL = none */
+    bool strict;              /* arguments follow it, always */
 } chat_tool;
 
 typedef struct chat_format { /* how the answer must look */

@@ -107,11 +107,12 @@ orcd_status harmony_replay(const harmony_parser *p, ids *out) ORCD_MUST_USE;
 typedef struct harmony_mask_options {
     const chat_str *name; /* tools that may be called; copied */
     size_t n_name;
-    bool final;      /* answering is allowed; without it stop tokens are masked until a call is complete */
-    bool preamble;   /* content before a call is allowed */
-    int32_t n_vocab; /* of the model: the length of the bitset, at least the tokenizer's */
-    grammar *answer; /* that the answer follows; NULL = it is free. Then `vocab` must outlive the mask */
-    const grammar_vocab *vocab;
+    bool final;                 /* answering is allowed; without it stop tokens are masked until a call is complete */
+    bool preamble;              /* content before a call is allowed */
+    int32_t n_vocab;            /* of the model: the length of the bitset, at least the tokenizer's */
+    grammar *answer;            /* that the answer follows; NULL = it is free */
+    grammar *const *arguments;  /* [n_name], that each tool's arguments follow, NULL = they are free; NULL = all are */
+    const grammar_vocab *vocab; /* where there is a grammar; must outlive the mask */
 } harmony_mask_options;
 
 typedef struct harmony_mask harmony_mask;

@@ -4,6 +4,11 @@
 
 #include "text/chat/parse.h"
 
+typedef struct strict_tool { /* whose arguments follow their schema */
+    char *name;
+    grammar *arguments;
+} strict_tool;
+
 struct harmony_mask {
     const harmony *h;
     bool final, preamble;
@@ -11,9 +16,14 @@ struct harmony_mask {
     ids *form; /* the headers that are allowed, from <|channel|> to <|message|>: reasoning, preamble, ... */
     size_t n_form;
     ids assistant;
-    grammar_run *answer; /* NULL: it is free */
-    uint32_t *text;      /* ids of text */
-    uint32_t *set;       /* what harmony_mask_next returns */
+    bool is_json; /* the answer follows `run` */
+    strict_tool *strict;
+    size_t n_strict;
+    grammar_run *run; /* of the answer, or of the call that is being written; NULL: there are no grammars */
+    size_t n_call;    /* calls that were begun; the last follows `run` if is_strict */
+    bool is_strict;
+    uint32_t *text; /* ids of text */
+    uint32_t *set;  /* what harmony_mask_next returns */
 };
 
 static void allow(uint32_t *set, int32_t id) {
@@ -40,6 +50,24 @@ static orcd_status add_form(harmony_mask *m, const char *channel, const chat_str
     ids_push(v, m->h->message);
     buf_free(&b);
     return v->failed ? ORCD_ERR_NOMEM : status;
+}
+
+static orcd_status open_grammars(harmony_mask *m, const harmony_mask_options *o) {
+    grammar *first = o->answer;
+    m->is_json = o->answer != NULL;
+    m->strict = calloc(o->n_name + 1, sizeof *m->strict);
+    if (!m->strict)
+        return ORCD_ERR_NOMEM;
+    for (size_t i = 0; o->arguments && i < o->n_name; i++) {
+        if (!o->arguments[i])
+            continue;
+        strict_tool *t = &m->strict[m->n_strict++];
+        *t = (strict_tool){strndup(o->name[i].data, o->name[i].len), grammar_share(o->arguments[i])};
+        if (!t->name)
+            return ORCD_ERR_NOMEM;
+        first = first ? first : t->arguments;
+    }
+    return first ? grammar_run_open(first, o->vocab, &m->run) : ORCD_OK;
 }
 
 orcd_status harmony_mask_open(const harmony *h, const harmony_mask_options *o, harmony_mask **out, orcd_error *err) {
@@ -72,8 +100,7 @@ orcd_status harmony_mask_open(const harmony *h, const harmony_mask_options *o, h
         bool builtin = harmony_is_builtin(o->name[i], true, true);
         ORCD_TRY_GOTO(status, done, add_form(m, builtin ? "analysis" : "commentary", &o->name[i], builtin));
     }
-    if (o->answer)
-        ORCD_TRY_GOTO(status, done, grammar_run_open(o->answer, o->vocab, &m->answer));
+    ORCD_TRY_GOTO(status, done, open_grammars(m, o));
     *out = m;
     m = NULL;
 done:
@@ -90,7 +117,12 @@ void harmony_mask_close(harmony_mask *m) {
         ids_free(&m->form[i]);
     free(m->form);
     ids_free(&m->assistant);
-    grammar_run_close(m->answer);
+    for (size_t i = 0; i < m->n_strict; i++) {
+        free(m->strict[i].name);
+        grammar_close(m->strict[i].arguments);
+    }
+    free(m->strict);
+    grammar_run_close(m->run);
     free(m->text);
     free(m->set);
     free(m);
@@ -115,11 +147,27 @@ static bool is_spent(const harmony_mask *m, const harmony_parser *p, size_t form
     return !m->final && ((form == 0 && p->said_reasoning) || (form == 1 && m->preamble && p->said_content));
 }
 
+/* What is being written follows m->run. */
+static bool is_ruled(harmony_mask *m, const harmony_parser *p) {
+    if (m->is_json && harmony_in_answer(p))
+        return true;
+    if (m->n_call != p->n_call) {
+        m->n_call = p->n_call;
+        m->is_strict = false;
+        for (size_t i = 0; i < m->n_strict && !m->is_strict; i++)
+            if (strcmp(m->strict[i].name, p->called) == 0) {
+                grammar_run_restart(m->run, m->strict[i].arguments);
+                m->is_strict = true;
+            }
+    }
+    return m->is_strict && p->state == PARSE_BODY && p->route == ROUTE_CALL;
+}
+
 void harmony_mask_feed(harmony_mask *m, const harmony_parser *p, int32_t id) {
     size_t len;
     const char *bytes = tok_bytes(m->h->tok, id, &len);
-    if (m->answer && harmony_in_answer(p) && !tok_is_special(m->h->tok, id))
-        grammar_run_feed(m->answer, bytes, len);
+    if (is_ruled(m, p) && !tok_is_special(m->h->tok, id))
+        grammar_run_feed(m->run, bytes, len);
 }
 
 const uint32_t *harmony_mask_next(harmony_mask *m, const harmony_parser *p) {
@@ -136,10 +184,10 @@ const uint32_t *harmony_mask_next(harmony_mask *m, const harmony_parser *p) {
         allow(m->set, m->h->start);
         if (m->final && p->said_content)
             allow(m->set, m->h->ret);
-    } else if (m->answer && harmony_in_answer(p)) {
-        memcpy(m->set, grammar_run_mask(m->answer), n_word * sizeof *m->set);
-        if (grammar_run_complete(m->answer))
-            allow(m->set, m->h->ret);
+    } else if (is_ruled(m, p)) {
+        memcpy(m->set, grammar_run_mask(m->run), n_word * sizeof *m->set);
+        if (grammar_run_complete(m->run))
+            allow(m->set, p->route == ROUTE_CALL ? m->h->call : m->h->ret);
     } else {
         memcpy(m->set, m->text, n_word * sizeof *m->set);
         allow(m->set, m->h->end);

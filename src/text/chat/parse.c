@@ -60,6 +60,7 @@ static void emit_arguments(harmony_parser *p) {
 
 static void begin_call(harmony_parser *p, const char *name) {
     p->n_call++;
+    snprintf(p->called, sizeof p->called, "%s", name);
     arguments_free(&p->args);
     if (harmony_is_builtin(chat_str_of(name), false, p->tools.python))
         p->args.mode = ARGUMENTS_RAW;

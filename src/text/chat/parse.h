@@ -43,6 +43,7 @@ struct harmony_parser {
 
     bool said_reasoning, said_content, forced, no_memory;
     size_t n_reasoning, n_call, n_empty;
+    char called[65]; /* the tool of the call that began last */
     ids fed;
 };
 

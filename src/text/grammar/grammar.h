@@ -31,6 +31,8 @@ void grammar_vocab_close(grammar_vocab *v); /* accepts NULL */
 typedef struct grammar_run grammar_run;
 orcd_status grammar_run_open(grammar *g, const grammar_vocab *v, grammar_run **out) ORCD_MUST_USE;
 void grammar_run_close(grammar_run *r); /* accepts NULL */
+/* Another text, of another schema. */
+void grammar_run_restart(grammar_run *r, grammar *g);
 /* More of the text; false, for good, when the schema does not allow it. */
 bool grammar_run_feed(grammar_run *r, const char *bytes, size_t len);
 /* The text may end here. */

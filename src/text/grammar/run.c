@@ -467,17 +467,24 @@ orcd_status grammar_run_open(grammar *g, const grammar_vocab *v, grammar_run **o
     grammar_run *r = *out = calloc(1, sizeof *r);
     if (!r)
         return ORCD_ERR_NOMEM;
-    r->g = grammar_share(g);
     r->v = v;
-    r->frame[1] = (frame){.node = 0};
-    r->way[0] = 1;
-    r->level[0] = (level){.n = 1, .n_frame = 2};
+    grammar_run_restart(r, g);
     r->mask = grammar_new_mask(v);
     if (r->mask)
         return ORCD_OK;
     grammar_run_close(r);
     *out = NULL;
     return ORCD_ERR_NOMEM;
+}
+
+void grammar_run_restart(grammar_run *r, grammar *g) {
+    grammar_share(g);
+    grammar_close(r->g);
+    r->g = g;
+    r->frame[1] = (frame){.node = 0};
+    r->way[0] = 1;
+    r->level[0] = (level){.n = 1, .n_frame = 2};
+    r->is_masked = false;
 }
 
 void grammar_run_close(grammar_run *r) {
