@@ -139,6 +139,7 @@ static bool read_tools(const job *j, chat_request *q, req_error *err) {
         t->name = chat_json_str(json_object_get(f, "name"));
         t->description = chat_json_str(json_object_get(f, "description"));
         t->parameters = json_is_null(parameters) ? NULL : parameters;
+        t->strict = json_is_true(json_object_get(f, "strict"));
         if (!t->name.data)
             return req_fail(err, 400, "missing_required_parameter", "tools", "tools[%zu].function.name is required", i);
     }

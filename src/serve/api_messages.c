@@ -237,7 +237,8 @@ static bool read_tools(const job *j, messages *q, req_error *err) {
         const json_t *schema = json_object_get(v, "input_schema");
         *t = (chat_tool){.name = text_of(v, "name"),
                          .description = text_of(v, "description"),
-                         .parameters = json_is_object(schema) ? schema : NULL};
+                         .parameters = json_is_object(schema) ? schema : NULL,
+                         .strict = json_is_true(json_object_get(v, "strict"))};
         if (!t->name.data)
             return req_fail(err, 400, "missing_required_parameter", "tools", "tools[%zu].name is required", i);
     }

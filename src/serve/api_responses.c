@@ -68,7 +68,8 @@ static bool add_tool(responses *q, const json_t *v, const char *space, bool cust
     q->wire[n - 1] = (wire_tool){.name = name, .space = space, .custom = custom};
     *t = (chat_tool){.name = space ? flat_name(q, space, name, err) : chat_str_of(name),
                      .description = description,
-                     .parameters = json_is_object(parameters) ? parameters : NULL};
+                     .parameters = json_is_object(parameters) ? parameters : NULL,
+                     .strict = json_is_true(json_object_get(v, "strict"))};
     return t->name.data != NULL;
 }
 

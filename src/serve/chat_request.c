@@ -20,6 +20,9 @@ void chat_request_free(chat_request *q) {
     }
     free(q->message);
     free(q->tool);
+    for (size_t i = 0; q->arguments && i < q->n_allowed; i++)
+        grammar_close(q->arguments[i]);
+    free(q->arguments);
     free(q->allowed);
     grammar_close(q->answer);
     json_decref(q->object);
@@ -188,24 +191,53 @@ void chat_recall(const job *j, chat_request *q, chat_call *call) {
 
 /* ---- start ---- */
 
-static bool is_declared(const chat_request *q, chat_str name) {
+static const chat_tool *declared(const chat_request *q, chat_str name) {
     for (size_t i = 0; i < q->n_tool; i++)
         if (chat_str_eq(q->tool[i].name, name))
-            return true;
-    return false;
+            return &q->tool[i];
+    return NULL;
+}
+
+static bool any_strict(const chat_request *q) {
+    bool any = false;
+    for (size_t i = 0; i < q->n_tool; i++)
+        any |= q->tool[i].strict;
+    return any;
 }
 
 static bool check_choice(chat_request *q, req_error *err) {
     if (q->choice == TOOL_REQUIRED && q->n_tool == 0)
         return req_fail(err, 400, "invalid_value", "tool_choice", "tool_choice asks for a call but there are no tools");
     for (size_t i = 0; i < q->n_allowed; i++)
-        if (!is_declared(q, q->allowed[i]))
+        if (!declared(q, q->allowed[i]))
             return req_fail(err, 400, "invalid_value", "tool_choice", "tool_choice names \"%.*s\", which is no tool",
                             (int)(q->allowed[i].len < 60 ? q->allowed[i].len : 60), q->allowed[i].data);
-    if ((q->choice == TOOL_REQUIRED || (q->answer && q->choice == TOOL_AUTO)) && q->n_allowed == 0)
+    bool all = q->choice == TOOL_REQUIRED || (q->choice == TOOL_AUTO && (q->answer || any_strict(q)));
+    if (all && q->n_allowed == 0)
         for (size_t i = 0; i < q->n_tool; i++)
             if (!chat_allow(q, q->tool[i].name, err))
                 return false;
+    return true;
+}
+
+/* Clients mark tools as strict whose schemas say more than grammars obey: then the arguments stay free. */
+static bool compile_arguments(const job *j, chat_request *q, req_error *err) {
+    if (q->n_allowed == 0 || !any_strict(q))
+        return true;
+    q->arguments = calloc(q->n_allowed, sizeof *q->arguments);
+    if (!q->arguments)
+        return no_memory(err);
+    for (size_t i = 0; i < q->n_allowed; i++) {
+        const chat_tool *t = declared(q, q->allowed[i]);
+        orcd_error e;
+        if (!t || !t->strict || !t->parameters)
+            continue;
+        orcd_status st = grammar_compile(t->parameters, &q->arguments[i], &e);
+        if (st == ORCD_ERR_NOMEM)
+            return no_memory(err);
+        if (st != ORCD_OK)
+            log_event(&j->s->p.log, "ignored", "s:s, s:s, s:s", "job_id", j->id, "what", "strict", "why", e.message);
+    }
     return true;
 }
 
@@ -221,6 +253,7 @@ static void submit(job *j, chat_request *q, const harmony_prompt *p) {
                                  .preamble = !q->answer,
                                  .n_vocab = j->s->info->n_vocab,
                                  .answer = q->answer,
+                                 .arguments = q->arguments,
                                  .vocab = j->s->vocab};
     bool masked = q->answer || (q->choice == TOOL_NONE && q->n_tool) || q->choice == TOOL_REQUIRED || q->n_allowed;
     int64_t budget = q->max_reasoning ? q->max_reasoning : j->s->p.max_reasoning;
@@ -251,7 +284,7 @@ static bool render(job *j, chat_request *q, const char *messages, harmony_prompt
                    "this model has no chat format; use /v1/completions with a prompt");
         return false;
     }
-    if (!check_choice(q, &bad)) {
+    if (!check_choice(q, &bad) || !compile_arguments(j, q, &bad)) {
         job_refuse(j, bad.status, bad.code, bad.param, bad.message);
         return false;
     }

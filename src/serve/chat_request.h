@@ -28,9 +28,10 @@ typedef struct chat_request { /* zero-initialise; free with chat_request_free */
     size_t n_tool, cap_tool;
     chat_str *allowed; /* names that may be called; none = all */
     size_t n_allowed, cap_allowed;
-    chat_format format; /* schema NULL = free text */
-    grammar *answer;    /* of that schema */
-    json_t *object;     /* the schema where the request gives none */
+    grammar **arguments; /* [n_allowed] of strict tools, NULL = free; NULL = all are */
+    chat_format format;  /* schema NULL = free text */
+    grammar *answer;     /* of that schema */
+    json_t *object;      /* the schema where the request gives none */
     struct block *block;
     ids prompt;
 } chat_request;

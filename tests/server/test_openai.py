@@ -299,6 +299,22 @@ class Tools(unittest.TestCase):
             "mode": "required", "tools": [{"type": "function", "function": {"name": "other_tool"}}]}})
         self.assertEqual(r.choices[0].message.tool_calls[0].function.name, "other_tool")
 
+    def test_strict(self):
+        """Words that the model would not choose by itself."""
+        strict = {"name": "get_weather", "strict": True, "parameters": {
+            "type": "object", "properties": {"place": {"enum": ["Oslo", "Rome"]}, "days": {"enum": [3, 5]}},
+            "required": ["place", "days"], "additionalProperties": False}}
+        tools = [{"type": "function", "function": strict}]
+        for seed in range(4):
+            r = chat(ASK, tools=tools, temperature=1, seed=seed, tool_choice="required")
+            said = json.loads(r.choices[0].message.tool_calls[0].function.arguments)
+            self.assertIn(said["place"], ("Oslo", "Rome"))
+            self.assertIn(said["days"], (3, 5))
+        self.assertTrue(chat(ASK, tools=tools).choices[0].message.tool_calls)
+        self.assertIn("fable", chat(tools=tools).choices[0].message.content)
+        strict["parameters"]["properties"]["place"] = {"type": "string", "pattern": "P.*"}  # not obeyed: free
+        self.assertIn("Paris", chat(ASK, tools=tools).choices[0].message.tool_calls[0].function.arguments)
+
     def test_tools_of_other_types_are_left_out(self):
         r = chat(ASK, tools=TOOLS + [{"type": "web_search"}, {"type": "custom", "custom": {"name": "x"}}])
         self.assertEqual(r.choices[0].finish_reason, "tool_calls")
