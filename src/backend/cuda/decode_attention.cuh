@@ -387,37 +387,6 @@ template <class T, int R> __global__ void __launch_bounds__(256, 2) dec_attentio
 
 /* ---- short contexts: all keys of a row and KV head at once, by a cluster of as many CTAs as there are chunks ---- */
 
-/* All CTAs of the cluster have begun: between the two, others' shared memory may not be written. */
-__device__ __forceinline__ void dec_cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void dec_cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#endif
-}
-/* bar counts `bytes` that others send; to be followed by dec_cluster_arrive. */
-__device__ __forceinline__ void dec_expect(uint64_t *bar, int bytes) {
-#if __CUDA_ARCH__ >= 900
-    dec_bar_init(dec_smem(bar), 1);
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(dec_smem(bar)), "r"(bytes) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-}
-/* To where `to` lies in the cluster's first CTA, whose bar counts it. */
-__device__ __forceinline__ void dec_send(float *to, float x, float y, uint64_t *bar) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n .reg .b32 a, b;\n mapa.shared::cluster.u32 a, %0, 0;\n mapa.shared::cluster.u32 b, %1, 0;\n"
-        " st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [a], {%2, %3}, [b];\n}" ::"r"(dec_smem(to)),
-        "r"(dec_smem(bar)), "f"(x), "f"(y)
-        : "memory");
-#endif
-}
-
-#define DEC_MAX_CLUSTER 8
 #define DEC_PART (8 * 66) /* floats of a chunk's partial result: [head][64], m and l of each head */
 constexpr int dec_attn_short_smem(int cluster) {
     return 8 * DEC_PAGE + 2 * 8 * 8 * 4 + 16 + (cluster - 1) * DEC_PART * 4;
@@ -462,9 +431,9 @@ __global__ void __launch_bounds__(256, 2) dec_attention_short_kernel(dec_attn a,
         if (rank > 0) {
             if (rank < n_chunk) {
                 float *to = part + (rank - 1) * DEC_PART;
-                dec_send(to + g * 64 + d, acc.o0, acc.o1, bar);
+                dec_send(to + g * 64 + d, make_float2(acc.o0, acc.o1), 0, bar);
                 if (lane == 0)
-                    dec_send(to + 512 + g * 2, acc.m, acc.l, bar);
+                    dec_send(to + 512 + g * 2, make_float2(acc.m, acc.l), 0, bar);
             }
             return;
         }

@@ -141,6 +141,14 @@ template <int SEG> struct dec_x8 {
                 v[u][h] =
                     row ? __ldcg((const uint4 *)(row + threadIdx.x % 4 * 8) + u * 8 + h * 4) : make_uint4(0, 0, 0, 0);
     }
+    /* The same from shared memory. */
+    __device__ __forceinline__ void take(const __half *row) {
+#pragma unroll
+        for (int u = 0; u < SEG; u++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                v[u][h] = row ? *((const uint4 *)(row + threadIdx.x % 4 * 8) + u * 8 + h * 4) : make_uint4(0, 0, 0, 0);
+    }
 };
 
 /* acc += UNITS units at p (shared) times units u0, .. of the lane's activations. The two blocks of a unit are
@@ -188,6 +196,41 @@ __device__ __forceinline__ void dec_bar_wait(uint32_t bar, uint32_t phase) {
                      : "r"(bar), "r"(phase)
                      : "memory");
     } while (!done);
+}
+
+/* ---- clusters ---- */
+
+#define DEC_MAX_CLUSTER 8
+
+/* All CTAs of the cluster have begun: between the two, others' shared memory may not be written. */
+__device__ __forceinline__ void dec_cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void dec_cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+/* bar counts `bytes` that others send; to be followed by dec_cluster_arrive. */
+__device__ __forceinline__ void dec_expect(uint64_t *bar, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    dec_bar_init(dec_smem(bar), 1);
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(dec_smem(bar)), "r"(bytes) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+/* Eight bytes to where `to` lies in the cluster's CTA `rank`, whose bar counts them. */
+template <class T> __device__ __forceinline__ void dec_send(void *to, T v, int rank, uint64_t *bar) {
+    static_assert(sizeof v == 8, "eight bytes");
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n .reg .b32 a, b;\n mapa.shared::cluster.u32 a, %0, %4;\n mapa.shared::cluster.u32 b, %1, %4;\n"
+        " st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [a], {%2, %3}, [b];\n}" ::"r"(dec_smem(to)),
+        "r"(dec_smem(bar)), "r"(((const uint32_t *)&v)[0]), "r"(((const uint32_t *)&v)[1]), "r"(rank)
+        : "memory");
+#endif
 }
 
 /* Tiles of N_SEG segments of SEG units on their way to the CTA's warps 0 .. N_SEG - 1: PARTS pieces a tile, each for
