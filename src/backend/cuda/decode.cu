@@ -1,24 +1,22 @@
-/* backend/cuda/decode.cu: a step of one to eight rows of gpt-oss as four or five fused kernels a layer. The list of
+/* backend/cuda/decode.cu: a step of one to eight rows of gpt-oss as four fused kernels a layer. The list of
  * commands is matched whole; anything else is left to the launchers of single commands, which compute the same numbers.
  *
  * One or two rows: norm + qkv + rope + KV write, attention, out + router sums, experts.
- * A residual row is finished by whoever reads it next: down leaves two partial rows, which the next norm adds. More
- * rows: out and down end with a route and a norm of each row (few_linear.cuh). */
+ * A residual row is finished by whoever reads it next: the experts leave partial rows, which the next norm adds. With
+ * more rows than two the CTAs of a cluster share that work. */
 #include "backend/cuda/decode_attention.cuh"
 #include "backend/cuda/few_experts.cuh"
 
 struct cuda_decode {
-    float *xa, *xb;    /* [2][n_embd] residual rows after qkv's norm and after attention's output */
+    float *xa, *xb;    /* [FEW_MAX][n_embd] residual rows after qkv's norm and after attention's output */
     float *p;          /* [2][2][n_embd] what the experts add */
     float *route_part; /* [FEW_MAX][n_embd / 16][n_expert] */
     uint16_t *q, *h;   /* f16: rotated query heads [FEW_MAX][heads]; the experts' hidden rows [FEW_MAX][4][n_ff] */
     float *fresh;      /* [FEW_MAX] rows' keys and values, where the cache has 8 bits */
-    uint32_t *met;     /* CTAs of one and two rows' experts, see dec_meet */
+    uint32_t *met;     /* CTAs of the experts of one or two, up to four, up to eight rows, see dec_meet */
     struct {
         float *down, *weight; /* [FEW_MAX][4][n_embd], [FEW_MAX][4] */
-        uint16_t *norm, *y;   /* f16: [FEW_MAX][n_embd], [FEW_MAX][heads] */
-        int32_t *id;          /* [FEW_MAX][4] */
-        uint32_t *done;       /* CTAs of out, of down; rows routed */
+        uint16_t *y;          /* f16: [FEW_MAX][heads] */
     } few;                    /* 3 to FEW_MAX rows */
     int64_t n_embd, n_ff, n_expert, n_q;
 };
@@ -120,7 +118,6 @@ struct decode_run { /* what the launches of a step share */
     cuda_decode *d;
     int n_sm, n_embd;
     const cuda_cmd *first; /* layer */
-    int smem;              /* bytes that a CTA can have */
 };
 
 static dec_kv kv_of(const cuda_run *r, const be_attn *t) {
@@ -238,88 +235,103 @@ template <class F, int R> static void run_dec(const decode_run *s, const decode_
 
 /* ---- 3 to FEW_MAX rows ---- */
 
-template <class F, int R> static void few_qkv(const decode_run *s, const cuda_cmd *c) {
+/* How many CTAs share the rows' norms and routes: as many as there are rows, if that leaves the experts' kernel, which
+ * has a CTA a multiprocessor, nearly all of them. */
+struct few_shape {
+    int cluster, grid;
+};
+
+template <int EPL, int R> static few_shape few_shape_of(const decode_run *s, size_t shared) {
+    cudaLaunchAttribute a;
+    cudaLaunchConfig_t config = {};
+    a.id = cudaLaunchAttributeClusterDimension;
+    config.blockDim = dim3(DEC_EXPERT_THREADS);
+    config.dynamicSmemBytes = shared;
+    config.attrs = &a, config.numAttrs = 1;
+    if (s->r->error == cudaSuccess)
+        s->r->error =
+            cudaFuncSetAttribute(few_experts_kernel<EPL, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    for (int c = s->r->dev->major >= 9 ? R : 1; c > 1; c /= 2) {
+        int n = 0;
+        a.val.clusterDim = {(unsigned)c, 1, 1};
+        config.gridDim = dim3((unsigned)(s->n_sm / c * c));
+        if (cudaOccupancyMaxActiveClusters(&n, few_experts_kernel<EPL, R>, &config) == cudaSuccess &&
+            n * c >= s->n_sm * 15 / 16)
+            return {c, n * c};
+    }
+    return {1, s->n_sm};
+}
+
+template <class F, int R>
+static void few_qkv(const decode_run *s, few_shape shape, const cuda_cmd *c, const float *x, const float *add) {
     cuda_run *r = s->r;
     const be_attn *t = &c[L_ATTN].attn;
     const dec_matrix w = matrix_of(c[L_QKV].w);
-    const few_rows in = {&r->dev->arr.batch->n_tok, s->d->few.norm, s->n_embd, s->d->few.done + 1};
-    launch(r, few_qkv_kernel<F, 3, R>, s->n_sm, ROW_THREADS, few_linear_smem<F, R>(w.n_unit / 3), in, w,
-           dec_rope{r->dev->scratch.rope, r->dev->arr.pos}, kv_of(r, t), t->n_head, t->n_kv_head, c != s->first,
-           (__half *)s->d->q);
+    const few_norm_in in = {&r->dev->arr.batch->n_tok, NULL,          x,        add, s->d->few.weight, s->d->xa,
+                            c[L_NORM].w->dense,        c[L_NORM].eps, s->n_embd};
+    launch_clusters(r, few_qkv_kernel<F, 3, R>, shape.grid, shape.cluster, ROW_THREADS,
+                    few_linear_smem<F, R>(w.n_unit / 3, s->n_embd), in, w,
+                    dec_rope{r->dev->scratch.rope, r->dev->arr.pos}, kv_of(r, t), t->n_head, t->n_kv_head,
+                    c != s->first, (__half *)s->d->q, shape.cluster);
 }
 
-template <class F, int EPL, int R> static void few_out_route(const decode_run *s, const cuda_cmd *c, float *x) {
-    const auto *d = &s->d->few;
+template <class F, int EPL, int R> static void few_out_route(const decode_run *s, const cuda_cmd *c, const float *x) {
     const dec_matrix w = matrix_of(c[L_OUT].w);
-    const cuda_weight *router = c[L_MOE].w2;
-    const int n = s->n_embd;
-    const few_out a = {{&s->r->dev->arr.batch->n_tok, d->y, w.n_unit * 64, NULL},
-                       x,
-                       router->gained,
-                       s->d->route_part,
-                       d->done,
-                       {x, s->d->route_part, router->bias, (n + 15) / 16, n, c[L_MOE].eps},
-                       {c[L_MOE].w->dense, c[L_MOE].eps, n, d->norm, n},
-                       d->id,
-                       d->weight,
-                       d->done + 2};
+    const few_out a = {&s->r->dev->arr.batch->n_tok, s->d->few.y, x, s->d->xb, c[L_MOE].w2->gained, s->d->route_part};
     launch(s->r, few_out_kernel<F, 4, EPL, R>, s->n_sm, ROW_THREADS, few_out_smem<F, EPL, R>(w.n_unit / 4), a, w);
 }
 
-template <int EPL, int R>
-static void few_experts(const decode_run *s, const cuda_cmd *c, float *x, const cuda_cmd *norm) {
+template <int EPL, int R> static void run_few_experts(const decode_run *s, few_shape shape, const cuda_cmd *c) {
     const cuda_cmd *e = &c[L_EXPERTS];
-    const auto *d = &s->d->few;
-    const int32_t *rows = &s->r->dev->arr.batch->n_tok;
-    const dec_glu up = glu_of(e, s->d->h);
-    const int n = s->n_embd;
-    /* All shared memory of a multiprocessor: started beside out, whose end it awaits, it takes 94 us and not 53. */
-    launch(s->r, few_gate_up_kernel<EPL, R>, s->n_sm, ROW_THREADS, (size_t)s->smem - FEW_STATIC_SMEM,
-           few_rows{rows, d->norm, n, d->done}, d->id, d->done + 2, up);
-    const few_down a = {{rows, s->d->h, up.n_ff, d->done + 2},     d->id, d->weight, d->down, x, d->done + 1,
-                        {norm->w->dense, norm->eps, n, d->norm, n}};
-    launch(s->r, few_down_kernel<EPL, R>, s->n_sm, ROW_THREADS, few_experts_smem<R>(), a, matrix_of(e->w2));
+    const dec_route route = {s->d->xb,  s->d->route_part, c[L_MOE].w2->bias, (s->n_embd + 15) / 16,
+                             s->n_embd, c[L_MOE].eps};
+    const few_experts a = {&s->r->dev->arr.batch->n_tok,
+                           route,
+                           (const float *)c[L_MOE].w->dense,
+                           glu_of(e, s->d->h),
+                           matrix_of(e->w2),
+                           s->d->few.down,
+                           s->d->few.weight,
+                           s->d->met + (R == 8 ? 4 : 2)};
+    launch_clusters(s->r, few_experts_kernel<EPL, R>, shape.grid, shape.cluster, DEC_EXPERT_THREADS,
+                    few_experts_smem<EPL, R>(s->n_embd), a, shape.cluster);
 }
 
-template <class F, int R> static void few_layers(const decode_run *s, const decode_plan *p) {
-    float *x = p->embed->y->f32;
-    cuda_act rows = *p->layer[L_NORM].y;
-    cuda_cmd norm = p->layer[L_NORM];
-    rows.f32 = NULL;
-    rows.f16 = s->d->few.norm;
-    rows.ld = s->n_embd;
-    norm.y = &rows;
-    cuda_run_norm(s->r, &norm);
-    for (int l = 0; l < p->n_layer; l++) {
-        const cuda_cmd *c = p->layer + l * L_COUNT, *next = l + 1 < p->n_layer ? c + L_COUNT + L_NORM : p->norm;
-        few_qkv<F, R>(s, c);
-        run_attention<R>(s, c, s->d->q, s->d->few.y);
-        if (c[L_MOE].w2->base.n_row == 32) {
-            few_out_route<F, 1, R>(s, c, x);
-            few_experts<1, R>(s, c, x, next);
-        } else {
-            few_out_route<F, 4, R>(s, c, x);
-            few_experts<4, R>(s, c, x, next);
-        }
-    }
-}
-
-template <class F, int R> static void few_head(const decode_run *s, const decode_plan *p) {
+template <class F, int R> static void few_head(const decode_run *s, few_shape shape, const decode_plan *p) {
     cuda_run *r = s->r;
     const dec_matrix w = matrix_of(p->head->w);
-    const few_rows in = {&r->dev->arr.batch->n_out, s->d->few.norm, s->n_embd, NULL};
-    launch(r, few_head_kernel<F, 3, R>, s->n_sm, ROW_THREADS, few_linear_smem<F, R>(w.n_unit / 3), in,
-           (const int32_t *)r->dev->arr.out_row, w, (int)p->head->w->base.n_row, p->head->y->f32);
+    const few_norm_in in = {
+        &r->dev->arr.batch->n_out, r->dev->arr.out_row, s->d->xb, s->d->few.down, s->d->few.weight, NULL,
+        p->norm->w->dense,         p->norm->eps,        s->n_embd};
+    launch_clusters(r, few_head_kernel<F, 3, R>, shape.grid, shape.cluster, ROW_THREADS,
+                    few_linear_smem<F, R>(w.n_unit / 3, s->n_embd), in, w, (int)p->head->w->base.n_row, p->head->y->f32,
+                    shape.cluster);
 }
 
-template <class F, int R> static void run_few(const decode_run *s, const decode_plan *p) {
-    few_layers<F, R>(s, p);
+template <class F, int EPL, int R> static void run_few(const decode_run *s, const decode_plan *p) {
+    cuda_decode *d = s->d;
+    const float *x = p->embed->y->f32;
+    const few_shape shape = few_shape_of<EPL, R>(s, few_experts_smem<EPL, R>(s->n_embd));
+    for (int l = 0; l < p->n_layer; l++) {
+        const cuda_cmd *c = p->layer + l * L_COUNT;
+        few_qkv<F, R>(s, shape, c, l ? d->xb : x, l ? d->few.down : NULL);
+        run_attention<R>(s, c, d->q, d->few.y);
+        few_out_route<F, EPL, R>(s, c, l ? d->xa : x);
+        run_few_experts<EPL, R>(s, shape, c);
+    }
     if (s->r->shape.outs == 0)
         return;
     if (p->head->w->matrix[0].form == CUDA_FORM_Q8_0)
-        few_head<form_q8_0, R>(s, p);
+        few_head<form_q8_0, R>(s, shape, p);
     else
-        few_head<form_f16<1>, R>(s, p);
+        few_head<form_f16<1>, R>(s, shape, p);
+}
+
+template <class F, int R> static void run_few_of(const decode_run *s, const decode_plan *p) {
+    if (p->layer[L_MOE].w2->base.n_row == 32)
+        run_few<F, 1, R>(s, p);
+    else
+        run_few<F, 4, R>(s, p);
 }
 
 template <class F> static void run_rows(const decode_run *s, const decode_plan *p) {
@@ -329,9 +341,9 @@ template <class F> static void run_rows(const decode_run *s, const decode_plan *
     else if (rows == 2)
         run_dec<F, 2>(s, p);
     else if (rows <= 4)
-        run_few<F, 4>(s, p);
+        run_few_of<F, 4>(s, p);
     else
-        run_few<F, 8>(s, p);
+        run_few_of<F, 8>(s, p);
 }
 
 bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd) {
@@ -339,9 +351,9 @@ bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd) {
     int smem = 0;
     if (!r->dev->decode || r->dev->major < 8 || !match(r, cmd, n_cmd, &p) ||
         cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, r->dev->ordinal) != cudaSuccess ||
-        smem < 160 * 1024 || r->dev->n_sm > DEC_MAX_SM || r->dev->n_sm < FEW_MAX)
+        smem < (r->shape.rows > 2 ? 220 : 160) * 1024 || r->dev->n_sm > DEC_MAX_SM || r->dev->n_sm < FEW_MAX)
         return false;
-    const decode_run s = {r, r->dev->decode, r->dev->n_sm, (int)p.embed->y->base.width, p.layer, smem};
+    const decode_run s = {r, r->dev->decode, r->dev->n_sm, (int)p.embed->y->base.width, p.layer};
     cuda_run_embed(r, p.embed);
     cuda_run_rope_table(r, &p.layer[L_ROPE]);
     if (p.layer[L_QKV].w->matrix[0].form == CUDA_FORM_Q8_0)
@@ -356,8 +368,8 @@ bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd) {
 /* ---- scratch ---- */
 
 static void free_rows(cuda_dev *dev, cuda_decode *d) {
-    void *all[] = {d->xa,  d->xb,       d->p,          d->route_part, d->q,     d->h,      d->fresh,
-                   d->met, d->few.down, d->few.weight, d->few.norm,   d->few.y, d->few.id, d->few.done};
+    void *all[] = {d->xa,    d->xb,  d->p,        d->route_part, d->q,    d->h,
+                   d->fresh, d->met, d->few.down, d->few.weight, d->few.y};
     for (void *p : all)
         cuda_free(dev, p);
     *d = {};
@@ -373,10 +385,7 @@ static orcd_status reserve_few(cuda_dev *dev, cuda_decode *d, size_t embd, orcd_
     const size_t pairs = FEW_MAX * DEC_TOP_K;
     ORCD_TRY(few_alloc(dev, &d->few.down, pairs * embd, err));
     ORCD_TRY(few_alloc(dev, &d->few.weight, pairs * sizeof(float), err));
-    ORCD_TRY(few_alloc(dev, &d->few.norm, FEW_MAX * embd / 2, err));
-    ORCD_TRY(few_alloc(dev, &d->few.y, FEW_MAX * DEC_MAX_Q * 2, err));
-    ORCD_TRY(few_alloc(dev, &d->few.id, pairs * sizeof(int32_t), err));
-    return few_alloc(dev, &d->few.done, 3 * sizeof(uint32_t), err);
+    return few_alloc(dev, &d->few.y, FEW_MAX * DEC_MAX_Q * 2, err);
 }
 
 /* Room for the widest model loaded; nothing to do when it is there already. */
@@ -390,14 +399,14 @@ orcd_status cuda_decode_reserve(cuda_dev *dev, orcd_error *err) {
     cuda_graphs_drop(dev, NULL);
     free_rows(dev, d);
     const size_t embd = (size_t)round_up(dev->want_embd, 64) * sizeof(float), experts = (size_t)dev->want_expert;
-    ORCD_TRY(cuda_alloc(dev, &d->xa, 2 * embd, "the decode step", err));
-    ORCD_TRY(cuda_alloc(dev, &d->xb, 2 * embd, "the decode step", err));
+    ORCD_TRY(few_alloc(dev, &d->xa, FEW_MAX * embd, err));
+    ORCD_TRY(few_alloc(dev, &d->xb, FEW_MAX * embd, err));
     ORCD_TRY(cuda_alloc(dev, &d->p, 4 * embd, "the decode step", err));
     ORCD_TRY(cuda_alloc(dev, &d->fresh, FEW_MAX * 2 * DEC_MAX_Q / 8 * sizeof(float), "the decode step", err));
     ORCD_TRY(few_alloc(dev, &d->route_part, FEW_MAX * (embd / 16) * experts, err));
     ORCD_TRY(few_alloc(dev, &d->q, FEW_MAX * DEC_MAX_Q * 2, err));
     ORCD_TRY(few_alloc(dev, &d->h, FEW_MAX * DEC_TOP_K * (size_t)round_up(dev->want_ff, 64) * 2, err));
-    ORCD_TRY(few_alloc(dev, &d->met, 2 * sizeof(uint32_t), err));
+    ORCD_TRY(few_alloc(dev, &d->met, 6 * sizeof(uint32_t), err));
     ORCD_TRY(reserve_few(dev, d, embd, err));
     d->n_embd = dev->want_embd, d->n_ff = dev->want_ff, d->n_expert = dev->want_expert;
     return ORCD_OK;

@@ -1,215 +1,293 @@
-/* backend/cuda/few_experts.cuh: the experts of a decode step of 3 to 8 rows. Every expert that a row has chosen is read
- * once; its products have a column for every row, of which those that chose it are kept. */
+/* backend/cuda/few_experts.cuh: the experts of a decode step of 3 to 8 rows: route + norm + gate_up + SwiGLU + down.
+ * Every expert that a row has chosen is read once; its products have a column for every row, of which those that chose
+ * it are kept. */
 #ifndef ORCD_BACKEND_CUDA_FEW_EXPERTS_CUH
 #define ORCD_BACKEND_CUDA_FEW_EXPERTS_CUH
 
 #include "backend/cuda/few_linear.cuh"
+
+/* A CTA's share of a layer's experts, as dec_work: gate_up of the first and the second half of the list, down of both.
+ * Part i are n[i] tiles from first[i] on of its half. */
+struct few_work {
+    int first[4], n[4];
+    __device__ __forceinline__ few_work() {}
+    __device__ __forceinline__ few_work(int n_list, int up_tiles, int down_tiles) {
+        firsts(n_list, up_tiles, down_tiles, blockIdx.x, first);
+        firsts(n_list, up_tiles, down_tiles, blockIdx.x + 1, n);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            n[i] -= first[i];
+    }
+    static __device__ __forceinline__ void firsts(int n_list, int up_tiles, int down_tiles, int cta, int (&to)[4]) {
+        const int n = n_list * up_tiles, half = n_list / 2, up = dec_share(n, cta);
+        to[0] = dec_share(half * up_tiles, cta), to[1] = up - to[0];
+        to[2] = dec_share(n + half * down_tiles, cta) - up;
+        to[3] = dec_share(n + n_list * down_tiles, cta) - up - to[2];
+    }
+};
 
 /* The chosen experts in ascending order, in shared memory. */
 struct few_list {
     int n;
     int expert[FEW_MAX * DEC_TOP_K];
     int8_t slot[FEW_MAX * DEC_TOP_K][FEW_MAX]; /* which of the row's experts it is, -1 none */
+    few_work work;
 
-    /* By one warp. id: [n_row][DEC_TOP_K] */
-    template <int EPL> __device__ __forceinline__ void make(const int32_t *id, int n_row) {
-        const int lane = threadIdx.x % 32, mine = lane < n_row * DEC_TOP_K ? __ldcg(id + lane) : -1;
+    /* By one warp. id: [FEW_MAX][DEC_TOP_K] in lanes, -1 none; work_of: for a list of as many experts as the lane's
+     * number and one */
+    template <int EPL> __device__ __forceinline__ void make(int id, const few_work &work_of) {
+        const int lane = threadIdx.x % 32;
         int rank = 0, total = 0;
 #pragma unroll
         for (int k = 0; k < EPL; k++) {
-            const uint32_t mask = __reduce_or_sync(~0u, mine >> 5 == k ? 1u << (mine & 31) : 0u);
-            if (mine >> 5 >= k)
-                rank += __popc(mine >> 5 == k ? mask & ((1u << (mine & 31)) - 1) : mask);
+            const uint32_t mask = __reduce_or_sync(~0u, id >> 5 == k ? 1u << (id & 31) : 0u);
+            if (id >> 5 >= k)
+                rank += __popc(id >> 5 == k ? mask & ((1u << (id & 31)) - 1) : mask);
             total += __popc(mask);
         }
         for (int i = lane; i < FEW_MAX * DEC_TOP_K * FEW_MAX / 4; i += 32)
             ((int *)slot)[i] = -1;
         __syncwarp();
-        if (mine >= 0) {
-            expert[rank] = mine;
+        if (id >= 0) {
+            expert[rank] = id;
             slot[rank][lane / DEC_TOP_K] = (int8_t)(lane % DEC_TOP_K);
         }
-        if (lane == 0)
-            n = total;
+        if (lane == total - 1)
+            n = total, work = work_of;
         __syncwarp();
     }
 };
 
-template <int R> struct few_expert_plan { /* pieces of a third of a tile; groups: sums take the rest */
+template <int R> struct few_expert_plan { /* pieces of a third of a tile */
     static constexpr int GROUP = R == 8 ? 2 : 4;
-    static constexpr int BIAS = 12 * R; /* tiles of a CTA whose biases are kept in shared memory; more are read late */
-    using pipe = dec_pipe<form_mxfp4, 3, 15, 3, 9>;
+    static constexpr int BIAS = 96; /* tiles of a CTA whose biases are kept in shared memory; more are read late */
+    using pipe = dec_pipe<form_mxfp4, 3, 15, 3, 12>;
 };
 
-/* This CTA's tiles of n_list experts: [first, first + n). */
-struct few_range {
-    int first, n;
-    __device__ __forceinline__ few_range(int n_list, const dec_matrix &w) {
-        first = dec_share(n_list * w.n_tile, blockIdx.x);
-        n = dec_share(n_list * w.n_tile, blockIdx.x + 1) - first;
+/* What a layer's experts do. */
+struct few_experts {
+    const int32_t *n;
+    dec_route route;
+    const float *gain;
+    dec_glu up;
+    dec_matrix down;
+    float *d, *weight; /* [FEW_MAX][slot][n_embd]: the experts' results; [FEW_MAX][slot] */
+    uint32_t *met;     /* see dec_meet */
+};
+
+/* The tiles that a CTA reads, part by part. */
+struct few_tiles {
+    const few_experts &a;
+    const few_list &list;
+    int64_t tile_bytes;
+    int part, left; /* left: tiles of the part */
+    const int *expert;
+    int tile;
+    __device__ __forceinline__ few_tiles(const few_experts &a, const few_list &list)
+        : a(a), list(list), tile_bytes((int64_t)a.down.n_unit * form_mxfp4::CHUNK), part(-1), left(0) {}
+    __device__ __forceinline__ const uint8_t *next() {
+        while (left == 0) {
+            const int i = ++part, first = list.work.first[i], n_tile = i < 2 ? a.up.w.n_tile : a.down.n_tile;
+            left = list.work.n[i];
+            expert = list.expert + (i % 2 ? list.n / 2 : 0) + first / n_tile, tile = first % n_tile;
+        }
+        left--;
+        const dec_matrix &w = part < 2 ? a.up.w : a.down;
+        const uint8_t *p = w.w + *expert * w.mat_bytes + tile * tile_bytes;
+        if (++tile == w.n_tile)
+            tile = 0, expert++;
+        return p;
     }
 };
 
-/* By the producer's warp, before the others know the list. */
-template <int EPL, class Pipe>
-__device__ __forceinline__ dec_tiles_list few_begin(Pipe &pipe, few_list &list, const int32_t *id, int n_row,
-                                                    const dec_matrix &w) {
-    list.make<EPL>(id, n_row);
-    const few_range s(list.n, w);
-    dec_tiles_list tiles = {w, list.expert + s.first / w.n_tile, (int64_t)w.n_unit * form_mxfp4::CHUNK,
-                            s.first % w.n_tile};
-    pipe.n_piece = s.n * Pipe::PER_TILE;
-    pipe.fill(tiles, pipe.refill(0));
-    return tiles;
+/* Where the rows of a cluster meet, in shared memory. */
+struct few_swap {
+    uint64_t *routed, *normed; /* barriers */
+    int *id;                   /* [FEW_MAX][DEC_TOP_K] */
+    __half *rows;              /* [R][dec_ld(n_embd)] */
+};
+
+/* Routes and norms R rows, each by one CTA of the cluster. By DEC_THREADS; others call few_route_pass. */
+template <int EPL, int R>
+__device__ __forceinline__ void few_route_rows(const few_experts &a, const few_cluster &cl, int n_row, bool chooses,
+                                               const float4 (&gain)[2], dec_choice<EPL, 1> &to, float *shared,
+                                               const few_swap &swap) {
+    const int n_embd = a.route.n_embd, lane = threadIdx.x % 32;
+    for (int j = cl.rank; j < R; j += cl.size) {
+        if (j < n_row) {
+            dec_route route = a.route;
+            route.x += (int64_t)j * n_embd;
+            route.part += (int64_t)j * route.n_part * EPL * 32;
+            to.gather(route, shared);
+        }
+        if (chooses) {
+            to.id = -1;
+            if (j < n_row)
+                to.choose();
+            const int other = __shfl_down_sync(~0u, to.id, 1);
+            if (lane == 0 || lane == 2)
+                cl.put(swap.id + j * DEC_TOP_K + lane, make_uint2(to.id, other), swap.routed);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int at = 4 * (threadIdx.x + i * ROW_THREADS);
+            if (at < n_embd)
+                cl.put(swap.rows + j * dec_ld(n_embd) + at,
+                       j < n_row ? dec_norm4(to.v[i], to.rs[0], gain[i]) : make_uint2(0, 0), swap.normed);
+        }
+        if (chooses && j < n_row && (int)blockIdx.x < cl.size) {
+            const float weight = to.weigh();
+            if (lane < DEC_TOP_K)
+                a.weight[j * DEC_TOP_K + lane] = weight;
+        }
+        if (cl.size < R)
+            __syncthreads(); /* shared has been read */
+    }
+}
+/* The barriers of few_route_rows. */
+template <int R> __device__ __forceinline__ void few_route_pass(const few_cluster &cl, int n_row) {
+    for (int j = cl.rank; j < R; j += cl.size) {
+        if (j < n_row)
+            __syncthreads();
+        if (cl.size < R)
+            __syncthreads();
+    }
 }
 
-/* h[row][slot][n_ff] (f16) = glu of the chosen experts' gate_up on the rows. One CTA a multiprocessor, and nothing else
- * on it: beside a kernel that waits it takes almost twice as long. */
+/* d of the CTA's tiles of a half, whose experts begin at list's number expert0. */
+template <int G, int R, class Pipe>
+__device__ __forceinline__ void few_down(const few_experts &a, const few_list &list, int half, int expert0, Pipe &pipe,
+                                         dec_x8<3> &x, dec_sums &sums, const float *bias, int n_bias) {
+    const dec_matrix &w = a.down;
+    const int first = list.work.first[2 + half], col = threadIdx.x % 32 / 4;
+    const int i = threadIdx.x / (16 * R), j = threadIdx.x / 16 % R, r = threadIdx.x % 16;
+    int e = first / w.n_tile - 1, left = 1; /* tiles until the next expert */
+    dec_cursor at(first, w.n_tile, i);
+    dec_piped_tiles<G, R>(
+        pipe, x, sums, list.work.n[2 + half],
+        [&](int k) {
+            if (--left > 0)
+                return;
+            e++;
+            left = (e + 1) * w.n_tile - (first + k);
+            const int slot = col < R ? list.slot[expert0 + e][col] : -1;
+            x.load(slot >= 0 ? a.up.h + (col * DEC_TOP_K + slot) * a.up.n_ff + threadIdx.x / 32 * 192 : NULL);
+        },
+        [&](const float *red, int m) {
+            const int slot = i < m ? list.slot[expert0 + at.e][j] : -1;
+            if (slot >= 0) {
+                float v = dec_sum<R, DEC_SUM_WARPS>(red, i, j, r) * w.post;
+                if (w.bias && at.k < n_bias)
+                    v += bias[at.k * 16 + r];
+                else if (w.bias)
+                    v += w.bias[((int64_t)list.expert[expert0 + at.e] * w.n_tile + at.tile) * 16 + r];
+                a.d[((int64_t)(j * DEC_TOP_K + slot) * w.n_tile + at.tile) * 16 + r] = v;
+            }
+            at.next(w.n_tile, G);
+        });
+}
+
+/* Floats of two groups' sums; before that, the router's. */
 template <int EPL, int R>
-__global__ void __launch_bounds__(ROW_THREADS, 1)
-    few_gate_up_kernel(few_rows in, const int32_t *id, const uint32_t *routed, dec_glu a) {
+constexpr int few_experts_sums = dec_max(dec_sums_bytes<few_expert_plan<R>::GROUP, R, DEC_SUM_WARPS>,
+                                         dec_choice<EPL, 1>::SMEM);
+
+/* Both halves' gate_up, then both halves' down, as dec_experts_kernel. */
+template <int EPL, int R>
+__global__ void __launch_bounds__(DEC_EXPERT_THREADS, 1) few_experts_kernel(few_experts a, int cluster) {
     using plan = few_expert_plan<R>;
-    constexpr int G = plan::GROUP;
+    constexpr int G = plan::GROUP, ADDERS = G * R / 4; /* warps that add gate_up up */
     __shared__ few_list list;
-    const int tid = threadIdx.x, warp = tid / 32, col = tid % 32 / 4;
+    __shared__ uint64_t bars[6]; /* a half of gate_up is added up in this CTA, [2]; in all, [2]; few_swap's */
+    __shared__ __align__(8) int ids[FEW_MAX * DEC_TOP_K];
+    const int tid = threadIdx.x, lane = tid % 32, n_embd = a.route.n_embd;
+    const uint32_t added = dec_smem(bars), met = added + 16;
     dec_carve c = {dec_shared};
     typename plan::pipe pipe;
     uint8_t *ring = c.take(pipe.SMEM);
-    float *red = (float *)c.take(dec_sums_bytes<G, R, DEC_SUM_WARPS>);
+    float *red = (float *)c.take(few_experts_sums<EPL, R>);
+    const few_swap swap = {bars + 4, bars + 5, ids, (__half *)c.take(R * dec_ld(n_embd) * 2)};
     float *bias = (float *)c.take(plan::BIAS * 64);
-    const int n_row = __ldcg(in.n);
+    const few_cluster cl(cluster);
+    const int n_row = __ldcg(a.n);
+
     pipe.open(ring, 0);
-    if (warp == pipe.PRODUCER) {
-        few_await(routed, (uint32_t)n_row);
-        dec_tiles_list tiles = few_begin<EPL>(pipe, list, id, n_row, a.w);
+    if (tid < 4)
+        dec_bar_init(added + tid * 8, tid < 2 ? ADDERS : 1);
+    if (tid == 4)
+        dec_expect(swap.routed, R * DEC_TOP_K * 4);
+    if (tid == 5)
+        dec_expect(swap.normed, R * n_embd * 2);
+    __syncwarp();
+    dec_cluster_arrive();
+    if (tid >= DEC_THREADS) {
+        dec_cluster_wait();
+        few_route_pass<R>(cl, n_row);
+        cl.pass();
+        __syncthreads();
+        for (int i = 0; i < 2 && lane == 0; i++) {
+            dec_bar_wait(added + i * 8, 0);
+            dec_meet(a.met + i);
+            dec_bar_arrive(met + i * 8);
+        }
+        return;
+    }
+    float4 gain[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        gain[i] = *(const float4 *)(a.gain + min(4 * (tid + i * ROW_THREADS), n_embd - 4));
+    dec_choice<EPL, 1> to;
+    to.early(a.route);
+    few_work work_of;
+    if (tid / 32 == pipe.PRODUCER)
+        work_of = few_work(lane + 1, a.up.w.n_tile, a.down.n_tile);
+    dec_cluster_wait();
+    pdl_wait();
+    pdl_launch(); /* after the wait: the kernel after this one may read the route's inputs before its own wait */
+    few_route_rows<EPL, R>(a, cl, n_row, tid / 32 == pipe.PRODUCER, gain, to, red, swap);
+    if (tid / 32 == pipe.PRODUCER) {
+        cl.wait(swap.routed);
+        list.make<EPL>(lane < R * DEC_TOP_K ? ids[lane] : -1, work_of);
+        const few_work &s = list.work;
+        few_tiles tiles(a, list);
+        pipe.n_piece = (s.n[0] + s.n[1] + s.n[2] + s.n[3]) * pipe.PER_TILE;
+        pipe.fill(tiles, 2 * pipe.PER_TILE); /* not more: all CTAs' first tiles before the third ones */
+        __syncwarp();
         __syncthreads();
         pipe.fill(tiles, INT32_MAX);
         return;
     }
-    pdl_wait();
-    pdl_launch(); /* after the wait: the kernel after this one may read the routes before its own wait */
-    in.reset();
+    cl.wait(swap.normed);
+    const int col = lane / 4;
     dec_x8<3> x;
-    x.load(col < R ? in.x + col * in.ld + warp * 192 : NULL);
+    x.take(col < R ? swap.rows + col * dec_ld(n_embd) + tid / 32 * 192 : NULL);
     __syncthreads();
-    const few_range s(list.n, a.w);
+    const few_work &s = list.work;
+    const int half = list.n / 2;
     dec_sums sums = {red, red + G * DEC_SUM_WARPS * dec_pitch<R>};
-    dec_ask_bias(list.expert, s.first, s.n, plan::BIAS, a.w, 2 * a.n_ff, a.n_ff, bias);
-    dec_piped_tiles<G, R>(
-        pipe, x, sums, s.n, [](int) {}, dec_glu_sums<G, R, few_list>(a, list, s.first, bias, plan::BIAS));
-}
-
-struct few_down {
-    few_rows in; /* x: h [rows][slot][n_ff], ld: n_ff */
-    const int32_t *id;
-    const float *weight;
-    float *d; /* [FEW_MAX][slot][n_embd] */
-    float *x; /* [rows][n_embd] */
-    uint32_t *done;
-    few_norm norm; /* the next layer's or the last */
-};
-
-__device__ __forceinline__ float few_add(float x, float4 w, float d0, float d1, float d2, float d3) {
-    return x + fmaf(w.y, d1, __fmul_rn(w.x, d0)) + fmaf(w.w, d3, __fmul_rn(w.z, d2));
-}
-
-/* x += the weighted sum of the row's experts, and its norm. */
-__device__ __forceinline__ void few_finish_row(const few_down &a, int row, float *ws) {
-    const int n = a.norm.n_embd;
-    float *x = a.x + (int64_t)row * n;
-    const float *d = a.d + (int64_t)row * DEC_TOP_K * n;
-    const float4 w = __ldcg((const float4 *)a.weight + row);
-    float4 v[2], e[2][DEC_TOP_K];
-    float s = 0;
-#pragma unroll
-    for (int i = 0; i < 2; i++) { /* all on their way before the first is used */
-        const int at = min(4 * (threadIdx.x + i * ROW_THREADS), n - 4);
-        v[i] = dec_ld4(x + at);
-#pragma unroll
-        for (int j = 0; j < DEC_TOP_K; j++)
-            e[i][j] = dec_ld4(d + j * n + at);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int at = 4 * (threadIdx.x + i * ROW_THREADS);
-        if (at >= n)
-            break;
-        v[i].x = few_add(v[i].x, w, e[i][0].x, e[i][1].x, e[i][2].x, e[i][3].x);
-        v[i].y = few_add(v[i].y, w, e[i][0].y, e[i][1].y, e[i][2].y, e[i][3].y);
-        v[i].z = few_add(v[i].z, w, e[i][0].z, e[i][1].z, e[i][2].z, e[i][3].z);
-        v[i].w = few_add(v[i].w, w, e[i][0].w, e[i][1].w, e[i][2].w, e[i][3].w);
-        *(float4 *)(x + at) = v[i];
-        s = sum_sq4(v[i], s);
-    }
-    a.norm.put(row, v, rms_scale(row_sum(s, ws), n, a.norm.eps));
-}
-
-template <int EPL, int R> __global__ void __launch_bounds__(ROW_THREADS, 1) few_down_kernel(few_down a, dec_matrix w) {
-    using plan = few_expert_plan<R>;
-    constexpr int G = plan::GROUP;
-    __shared__ few_list list;
-    const int tid = threadIdx.x, warp = tid / 32, col = tid % 32 / 4;
-    dec_carve c = {dec_shared};
-    typename plan::pipe pipe;
-    uint8_t *ring = c.take(pipe.SMEM);
-    float *red = (float *)c.take(dec_sums_bytes<G, R, DEC_SUM_WARPS>);
-    float *bias = (float *)c.take(plan::BIAS * 64);
-    const int n_row = __ldcg(a.in.n);
-    pipe.open(ring, 0);
-    if (warp == pipe.PRODUCER) {
-        dec_tiles_list tiles = few_begin<EPL>(pipe, list, a.id, n_row, w);
-        pdl_launch();
-        pdl_wait();
-        __syncthreads();
-        pipe.fill(tiles, INT32_MAX);
-    } else {
-        pdl_launch();
-        pdl_wait();
-        a.in.reset();
-        __syncthreads();
-        const few_range s(list.n, w);
-        dec_sums sums = {red, red + G * DEC_SUM_WARPS * dec_pitch<R>};
-        dec_ask_bias(list.expert, s.first, s.n, plan::BIAS, w, w.n_tile * 16, 8, bias);
-        const int i = tid / (16 * R), j = tid / 16 % R, r = tid % 16;
-        int e = s.first / w.n_tile - 1, left = 1; /* tiles until the next expert */
-        dec_cursor at(s.first, w.n_tile, i);
-        dec_x8<3> x;
+    for (int i = 0, at = 0; i < 4; at += s.n[i++])
+        dec_ask_bias(list.expert + (i % 2 ? half : 0), s.first[i], s.n[i], plan::BIAS - at, i < 2 ? a.up.w : a.down,
+                     i < 2 ? 2 * a.up.n_ff : a.down.n_tile * 16, i < 2 ? a.up.n_ff : 8, bias + at * 16);
+    int at = 0; /* tiles done */
+    for (int i = 0; i < 2; at += s.n[i++]) {
         dec_piped_tiles<G, R>(
-            pipe, x, sums, s.n,
-            [&](int k) {
-                if (--left > 0)
-                    return;
-                e++;
-                left = (e + 1) * w.n_tile - (s.first + k);
-                const int slot = col < R ? list.slot[e][col] : -1;
-                x.load(slot >= 0 ? a.in.x + (col * DEC_TOP_K + slot) * a.in.ld + warp * 192 : NULL);
-            },
-            [&](const float *red, int m) {
-                const int slot = i < m ? list.slot[at.e][j] : -1;
-                if (slot >= 0) {
-                    float v = dec_sum<R, DEC_SUM_WARPS>(red, i, j, r) * w.post;
-                    if (w.bias && at.k < plan::BIAS)
-                        v += bias[at.k * 16 + r];
-                    else if (w.bias)
-                        v += w.bias[((int64_t)list.expert[at.e] * w.n_tile + at.tile) * 16 + r];
-                    a.d[((int64_t)(j * DEC_TOP_K + slot) * w.n_tile + at.tile) * 16 + r] = v;
-                }
-                at.next(w.n_tile, G);
-            });
+            pipe, x, sums, s.n[i], [](int) {},
+            dec_glu_sums<G, R, few_list>(a.up, list, s.first[i], bias + at * 16, plan::BIAS - at, i * half));
+        __syncwarp();
+        if (tid < ADDERS * 32 && lane == 0)
+            dec_bar_arrive(added + i * 8);
     }
-    int mine;
-    if (few_all_done(a.done, n_row, mine))
-        few_finish_row(a, mine, (float *)dec_shared);
+    for (int i = 0; i < 2; at += s.n[2 + i++]) {
+        dec_bar_wait(met + i * 8, 0);
+        few_down<G, R>(a, list, i, i * half, pipe, x, sums, bias + at * 16, plan::BIAS - at);
+    }
 }
 
 /* ---- shared memory, bytes ---- */
 
-constexpr int FEW_STATIC_SMEM = 1024; /* room for what the kernels have without asking */
-static_assert(sizeof(few_list) <= FEW_STATIC_SMEM / 2, "the list is not all");
-
-template <int R> constexpr size_t few_experts_smem() {
+template <int EPL, int R> constexpr size_t few_experts_smem(int n_embd) {
     using plan = few_expert_plan<R>;
-    return plan::pipe::SMEM + dec_sums_bytes<plan::GROUP, R, DEC_SUM_WARPS> + plan::BIAS * 64;
+    return plan::pipe::SMEM + few_experts_sums<EPL, R> + R * dec_ld(n_embd) * 2 + plan::BIAS * 64 + 64;
 }
 
 #endif
