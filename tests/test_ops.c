@@ -476,11 +476,9 @@ static void experts_every_type_shape_and_routing(void **state) {
     }
 }
 
-/* gpt-oss's own widths. Random codes under scales near 2^-7 are as good as packed weights and much sooner made. */
-static void experts_mxfp4_2880_by_2880(void **state) {
-    (void)state;
-    uint64_t seed = 12;
-    op_memory m = {.n = 0};
+/* gpt-oss's own widths, 3 experts. Random codes under scales near 2^-7 are as good as packed weights and much sooner
+ * made. */
+static experts_case experts_of_gpt_oss(op_memory *m, uint64_t *seed) {
     experts_case c = {
         .gate_up = {.use = BE_USE_GATE_UP, .n_part = 2}, .down = {.use = BE_USE_DOWN, .n_part = 1}, .top_k = 2};
     float zero[32] = {0};
@@ -488,11 +486,11 @@ static void experts_mxfp4_2880_by_2880(void **state) {
         size_t n_block = 3 * 2880 * 90;
         uint8_t *data = mmap(NULL, n_block * 17, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
         assert_true(data != MAP_FAILED);
-        m.at[m.n] = data;
-        m.bytes[m.n++] = n_block * 17;
+        m->at[m->n] = data;
+        m->bytes[m->n++] = n_block * 17;
         for (size_t i = 0; i < n_block * 17; i++)
-            data[i] = (uint8_t)(i % 17 ? t_random(&seed) >> 20 : 119 + t_below(&seed, 3));
-        mf_tensor t = op_tensor(&m, Q_MXFP4, 1, 1, 32, zero);
+            data[i] = (uint8_t)(i % 17 ? t_random(seed) >> 20 : 119 + t_below(seed, 3));
+        mf_tensor t = op_tensor(m, Q_MXFP4, 1, 1, 32, zero);
         t.n_col = t.n_row = 2880;
         t.n_mat = 3;
         t.data = t.view.base = data;
@@ -500,6 +498,14 @@ static void experts_mxfp4_2880_by_2880(void **state) {
         t.view.mat_bytes = 2880 * 90 * 17;
         *(part < 2 ? &c.gate_up.part[part] : &c.down.part[0]) = t;
     }
+    return c;
+}
+
+static void experts_mxfp4_2880_by_2880(void **state) {
+    (void)state;
+    uint64_t seed = 12;
+    op_memory m = {.n = 0};
+    experts_case c = experts_of_gpt_oss(&m, &seed);
     for (int n_tok = 1; n_tok <= 4; n_tok += 3) {
         c.n_tok = n_tok;
         fill_experts(&c, 3, MIXED, 1, &seed);
@@ -570,6 +576,67 @@ static void linear_rows_do_not_depend_on_the_batch(void **state) {
         free_linear(&c);
         op_free_memory(&m);
     }
+}
+
+/* gpt-oss's widths, whose kernels differ with the rows, on GPUs, where that is soon done: the first and the last of N
+ * rows alone and in company. */
+enum { GPT_OSS_ROWS = 192 };
+static const int gpt_oss_rows[] = {1, 9, 16, 24, 32, 60, 64, 97, 128};
+
+static void experts_of_gpt_oss_in_any_batch(const subject *on, uint64_t *seed) {
+    int64_t n_row, width;
+    op_memory m = {.n = 0};
+    experts_case c = experts_of_gpt_oss(&m, seed);
+    c.n_tok = GPT_OSS_ROWS;
+    fill_experts(&c, 3, MIXED, 1, seed);
+    op_bench b = op_open(on->dev);
+    const float *whole = run_experts(&b, &c, &n_row, &width);
+    for (size_t j = 0; j < 2 * ORCD_COUNT(gpt_oss_rows); j++) {
+        experts_case p = c;
+        p.n_tok = gpt_oss_rows[j / 2];
+        int at = j % 2 ? GPT_OSS_ROWS - p.n_tok : 0;
+        p.x = c.x + at * width, p.y = c.y + at * width, p.route = c.route + at * 2 * c.top_k;
+        op_bench q = op_open(on->dev);
+        op_same_bits("experts of gpt-oss", run_experts(&q, &p, &n_row, &width), whole + at * width, p.n_tok * width);
+        op_close(&q);
+    }
+    op_close(&b);
+    free_experts(&c);
+    op_free_memory(&m);
+}
+
+static void linear_of_gpt_oss_in_any_batch(const subject *on, int out, int in, int epilogue, uint64_t *seed) {
+    int64_t n_row, width;
+    op_memory m = {.n = 0};
+    linear_case c = {
+        .load = {.use = BE_USE_LINEAR}, .n_tok = GPT_OSS_ROWS, .form = BE_ACT_F32, .epilogue = (be_epilogue)epilogue};
+    op_add_part(&c.load, &m, seed, Q_Q8_0, 1, (uint64_t)out, (uint64_t)in, true);
+    fill_linear(&c, seed);
+    op_bench b = op_open(on->dev);
+    const float *whole = run_linear(&b, &c, &n_row, &width);
+    for (size_t j = 0; j < 2 * ORCD_COUNT(gpt_oss_rows); j++) {
+        linear_case p = c;
+        p.n_tok = gpt_oss_rows[j / 2];
+        int at = j % 2 ? GPT_OSS_ROWS - p.n_tok : 0;
+        p.x = c.x + at * in, p.y = c.y + at * width;
+        op_bench q = op_open(on->dev);
+        op_same_bits("linear of gpt-oss", run_linear(&q, &p, &n_row, &width), whole + at * width, p.n_tok * width);
+        op_close(&q);
+    }
+    op_close(&b);
+    free_linear(&c);
+    op_free_memory(&m);
+}
+
+static void rows_of_gpt_oss_do_not_depend_on_the_batch(void **state) {
+    (void)state;
+    uint64_t seed = 16;
+    for (int k = 0; k < n_tested; k++)
+        if (strcmp(tested[k].ops->name, "cuda") == 0) {
+            experts_of_gpt_oss_in_any_batch(&tested[k], &seed);
+            linear_of_gpt_oss_in_any_batch(&tested[k], 5120, 2880, BE_EPI_NONE, &seed);
+            linear_of_gpt_oss_in_any_batch(&tested[k], 2880, 4096, BE_EPI_ADD, &seed);
+        }
 }
 
 static void expert_rows_do_not_depend_on_the_batch(void **state) {
@@ -662,6 +729,7 @@ static int run(void) {
         cmocka_unit_test_teardown(experts_mxfp4_scales_far_apart, print_worst),
         cmocka_unit_test_teardown(linear_rows_do_not_depend_on_the_batch, print_worst),
         cmocka_unit_test_teardown(expert_rows_do_not_depend_on_the_batch, print_worst),
+        cmocka_unit_test_teardown(rows_of_gpt_oss_do_not_depend_on_the_batch, print_worst),
         cmocka_unit_test_teardown(a_row_of_nan_stays_alone, print_worst),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
