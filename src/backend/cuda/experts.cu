@@ -3,7 +3,7 @@
  * Rows are put in order of their experts (perm), cut into tiles of at most `width` rows of one expert, and each tile
  * goes through the packed products. Each (row, expert) pair's output is kept apart and added up at the end in the order
  * of the route, so that a row's result does not depend on its neighbours. */
-#include "backend/cuda/mid.cuh"
+#include "backend/cuda/pour.cuh"
 #include "backend/cuda/stream.cuh"
 
 #define MAX_TOP_K 64
@@ -543,9 +543,9 @@ static __global__ __launch_bounds__(ROW_THREADS) void combine_norm_kernel(cuda_c
 static int tile_width(int mean) { return mean <= 5 ? 8 : mean <= 11 ? 16 : mean <= 32 ? STREAM_MAX_COLS : 64; }
 
 template <lin_mode MODE>
-static void run_tiles(cuda_run *r, const cuda_matrix *m, const lin_args &a, bool mid, int width, int n) {
-    if (mid)
-        mid_run<MODE>(r, m, a);
+static void run_tiles(cuda_run *r, const cuda_matrix *m, const lin_args &a, bool pour, int width, int n) {
+    if (pour)
+        pour_run<MODE>(r, m, a);
     else if (width > STREAM_MAX_COLS || !stream_run<MODE>(r, m, a, width, n))
         lin_launch<MODE>(r, m, a, width == STREAM_MAX_COLS ? 32 : width, n);
 }
@@ -604,16 +604,17 @@ void cuda_run_experts_norm(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm)
     cuda_scratch *s = &r->dev->scratch;
     const cuda_count rows = cuda_rows_of(r, c);
     const int n_expert = (int)c->w->base.n_mat, pairs = rows.cap * c->k, mean = (pairs + n_expert - 1) / n_expert;
-    const bool mid = mean > 5 && mean <= 36 && mid_can(r, &c->w->matrix[0]) && mid_can(r, &c->w2->matrix[0]);
+    const bool few = chain_can(r, &c->w->matrix[0]) && chain_can(r, &c->w2->matrix[0]);
+    const bool pour = few && pairs > 128 && mean <= 24;
     /* Fewer rows are streamed sooner. Columns past ff stay zero in `hidden`, which has another order in wide.cuh. */
-    const bool wide = !mid && mean > 18 && wide_can(r, c->w) && wide_can(r, c->w2) && c->w->matrix[0].n_row % 64 == 0;
-    const int width = wide ? WIDE_COLS : mid ? MID_COLS : tile_width(mean);
+    const bool wide = !pour && mean > 18 && wide_can(r, c->w) && wide_can(r, c->w2) && c->w->matrix[0].n_row % 64 == 0;
+    const int width = wide ? WIDE_COLS : pour ? mean <= 18 ? 24 : POUR_COLS : tile_width(mean);
     const int by_count = n_expert + pairs / width, n_block = pairs < by_count ? pairs : by_count;
     const size_t counts = (size_t)32 * 4 * (size_t)n_expert;
     if (r->error == cudaSuccess)
         r->error = cudaFuncSetAttribute(order_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)counts);
     cuda_launch(r, order_kernel, dim3(1), dim3(1024), counts, rows, (const int32_t *)c->z->id, c->k, n_expert, width,
-                wide ? 8 : 1, wide || mid, s->perm, s->tile, s->count);
+                wide ? 8 : 1, wide || pour, s->perm, s->tile, s->count);
     lin_args a = {};
     a.tile = s->tile;
     a.n_tiles = s->count;
@@ -630,12 +631,12 @@ void cuda_run_experts_norm(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm)
     if (wide)
         run_wide(r, c, a, (int)cuda_wide_pairs(pairs, n_expert));
     else {
-        run_tiles<LIN_GATE_UP>(r, &c->w->matrix[0], a, mid, width, n_block);
+        run_tiles<LIN_GATE_UP>(r, &c->w->matrix[0], a, pour, width, n_block);
         a.x = s->hidden;
         a.ldx = a.ldh;
         a.yh = NULL;
         to_down(&a, c, s);
-        run_tiles<LIN_DOWN>(r, &c->w2->matrix[0], a, mid, width, n_block);
+        run_tiles<LIN_DOWN>(r, &c->w2->matrix[0], a, pour, width, n_block);
     }
     run_combine(r, c, norm, rows);
 }

@@ -1,4 +1,4 @@
-/* backend/cuda/mid.cuh: packed matrices times 8 to 40 rows on Hopper: the bits of linear.cuh's kernels, by wgmma.
+/* backend/cuda/mid.cuh: dense products of 8 to 32 rows at once on Hopper: the bits of linear.cuh's kernels, by wgmma.
  *
  * A block keeps all columns of its rows of activations in shared memory and walks its share of the (rows, 64 matrix
  * rows) list. Groups of four warps take 64 matrix rows each, whenever they are done with the last, and never wait for
@@ -8,19 +8,19 @@
 #ifndef ORCD_BACKEND_CUDA_MID_CUH
 #define ORCD_BACKEND_CUDA_MID_CUH
 
-#include "backend/cuda/wide.cuh"
+#include "backend/cuda/chain.cuh"
 
 #ifdef HAVE_WGMMA
 /* Rows of c into shared memory, n (a multiple of 8) of them, zeros behind c.n. Four lanes take 64 bytes of a row: each
  * spreads its eight columns over the four pieces of their block. */
-template <lin_mode MODE, int N_UNIT, int MOST, int WARPS>
+template <int N_UNIT, int MOST, int WARPS>
 static __device__ __forceinline__ void mid_rows(const lin_args &a, const lin_cols &c, int n, uint8_t *to) {
     constexpr int BLOCKS = 2 * N_UNIT, EACH = (BLOCKS + WARPS - 1) / WARPS;
     const int warp = threadIdx.x / 32, r = threadIdx.x / 4 % 8, v = threadIdx.x % 4;
     int64_t from[MOST / 8];
 #pragma unroll
     for (int j = 0; j < MOST / 8; j++)
-        from[j] = j * 8 + r < c.n ? lin_source<MODE>(a, c.first + j * 8 + r) * a.ldx + v * 8 : -1;
+        from[j] = j * 8 + r < c.n ? (int64_t)(c.first + j * 8 + r) * a.ldx + v * 8 : -1;
 #pragma unroll
     for (int j = 0; j < MOST / 8; j++) {
         if (j * 8 >= n)
@@ -46,8 +46,8 @@ static __device__ __forceinline__ void mid_rows(const lin_args &a, const lin_col
     }
 }
 
-/* total += a segment: a product for each block of 32 columns, or one of all. raw: its weights; each unit's place is
- * filled again from `then`, the next segment, as soon as it is unpacked. */
+/* total += a segment: a product for each block of 32 columns. raw: its weights; each unit's place is filled again from
+ * `then`, the next segment, as soon as it is unpacked. */
 template <class F, int N, int SEG>
 static __device__ __forceinline__ void mid_segment(typename F::raw (&raw)[SEG], const uint8_t *then, uint64_t desc,
                                                    int lane, float (&total)[N / 2]) {
@@ -55,64 +55,27 @@ static __device__ __forceinline__ void mid_segment(typename F::raw (&raw)[SEG], 
 #pragma unroll
     for (int i = 0; i < N / 2; i++)
         acc[i] = 0;
-    if constexpr (F::SCALED) {
-        float c[N / 2], scale[2];
+    float c[N / 2], scale[2];
 #pragma unroll
-        for (int i = 0; i < 2 * SEG; i++) {
-            const int u = i / 2;
-            const frag_block f = F::block(raw[u], i % 2);
-            if (i % 2)
-                raw[u] = F::load(then + u * F::CHUNK, lane);
-            if (i) {
-                wgmma_wait<0>(c);
-                wide_scale(acc, c, scale);
-            }
-            scale[0] = f.s[0], scale[1] = f.s[1];
-            wide_issue<N>(c, f.a, desc + u * (N * 8) + i % 2 * 4);
-        }
-        wgmma_wait<0>(c);
-        wide_scale(acc, c, scale);
-    } else {
-#pragma unroll
-        for (int u = 0; u < SEG; u++) {
-            uint32_t a[F::STEPS][4];
-            F::steps(raw[u], a);
+    for (int i = 0; i < 2 * SEG; i++) {
+        const int u = i / 2;
+        const frag_block f = F::block(raw[u], i % 2);
+        if (i % 2)
             raw[u] = F::load(then + u * F::CHUNK, lane);
-            wgmma_fence();
-#pragma unroll
-            for (int k = 0; k < F::STEPS; k++)
-                wgmma<N>(acc, a[k], desc + u * (N * 8) + k * 2, 1);
-            wgmma_commit();
+        if (i) {
+            wgmma_wait<0>(c);
+            wide_scale(acc, c, scale);
         }
-        wgmma_wait<0>(acc);
+        scale[0] = f.s[0], scale[1] = f.s[1];
+        wide_issue<N>(c, f.a, desc + u * (N * 8) + i % 2 * 4);
     }
+    wgmma_wait<0>(c);
+    wide_scale(acc, c, scale);
     wide_add(total, acc);
 }
 
-/* Results of GATE_UP: gate in row g, up in row g + 8 of a tile. */
-template <int N>
-static __device__ __forceinline__ void mid_put_glu(const lin_args &a, const lin_cols &c, int tile, int lane,
-                                                   const float (&bias)[2], const float (&total)[N / 2]) {
-    const int g = lane >> 2, t = lane & 3, ff = tile * 8 + g;
-    if (ff >= a.n_row)
-        return;
-    uint16_t *y = a.yh + (int64_t)(c.first + 2 * t) * a.ldh + ff;
-#pragma unroll
-    for (int i = 0; i < N / 8; i++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            float gate = __fmul_rn(total[i * 4 + e], a.factor), up = __fmul_rn(total[i * 4 + 2 + e], a.factor);
-            if (a.bias) {
-                gate += bias[0];
-                up += bias[1];
-            }
-            if (i * 8 + 2 * t + e < c.n)
-                y[(int64_t)(i * 8 + e) * a.ldh] = f16_bits(glu(gate, up, a.alpha, a.limit));
-        }
-}
-
 /* The group's pieces of 64 matrix rows: from, from + GROUPS, .. below `end`. raw: the first segment of `from`. */
-template <class P, lin_mode MODE, int N>
+template <class P, int N>
 static __device__ __forceinline__ void mid_pieces(const lin_args &a, const lin_cols &c, int from, int end, uint32_t x,
                                                   typename P::form::raw (&raw)[P::SEG]) {
     using F = typename P::form;
@@ -132,11 +95,8 @@ static __device__ __forceinline__ void mid_pieces(const lin_args &a, const lin_c
         }
         const int tile = piece * 4 + warp;
         float bias[2];
-        wide_bias<MODE>(a, c.mat, tile, lane, bias);
-        if constexpr (MODE == LIN_GATE_UP)
-            mid_put_glu<N>(a, c, tile, lane, bias, total);
-        else
-            wide_put<MODE, N>(a, c, MODE == LIN_DOWN ? a.perm + c.first : NULL, tile, lane, bias, 0, total);
+        wide_bias<LIN_DENSE>(a, c.mat, tile, lane, bias);
+        wide_put<LIN_DENSE, N>(a, c, NULL, tile, lane, bias, 0, total);
         src = next;
     }
 }
@@ -154,34 +114,23 @@ template <class F, int SEG_, int N_SEG_, int MOST_, int GROUPS_> struct mid_plan
     }
 };
 
-/* How many blocks share a list of n_cols x n_piece: where nearly all can, each stays with one entry's rows. */
-static __device__ __forceinline__ int mid_blocks(int n_cols, int n_block) {
-    const int even = n_cols > 0 && n_cols <= n_block ? n_block / n_cols * n_cols : 0;
-    return even * 20 >= n_block * 19 ? even : n_block;
-}
-
-template <class P, lin_mode MODE>
+template <class P>
 static __global__ __launch_bounds__(P::GROUPS * 128, 1) void mid_kernel(const __grid_constant__ lin_args a, int cols) {
 #ifdef HAVE_WGMMA
     extern __shared__ __align__(128) uint8_t shared[];
     uint8_t *x = shared + (-(uint32_t)__cvta_generic_to_shared(shared) & 1023);
     const uint32_t at = (uint32_t)__cvta_generic_to_shared(x);
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32, n_piece = (a.n_tile + 3) / 4;
-    /* What is multiplied is known before the input is: the experts' list is older than GATE_UP, which lets DOWN begin
-     * only when it has seen it. */
-    if (MODE == LIN_GATE_UP)
-        pdl_wait();
     pdl_launch();
-    const int n_cols = MODE == LIN_DENSE ? (a.rows.cap + cols - 1) / cols : *(const volatile int32_t *)a.n_tiles;
-    const int blocks = mid_blocks(n_cols, gridDim.x), block = min((int)blockIdx.x, blocks);
+    const int n_cols = (a.rows.cap + cols - 1) / cols, blocks = even_blocks(n_cols, gridDim.x);
+    const int block = min((int)blockIdx.x, blocks);
     const int64_t total = (int64_t)n_cols * n_piece;
-    const int end = (int)(total * min(block + 1, blocks) / max(blocks, 1));
-    bool waited = MODE == LIN_GATE_UP;
-    for (int i = (int)(total * block / max(blocks, 1)); i < end;) {
+    const int end = (int)(total * min(block + 1, blocks) / blocks);
+    bool waited = false;
+    for (int i = (int)(total * block / blocks); i < end;) {
         const int entry = i / n_piece, from = i % n_piece, n = min(n_piece - from, end - i);
-        const int mat = MODE == LIN_DENSE ? 0 : __ldcg(&a.tile[entry].x);
         typename P::form::raw raw[P::SEG];
-        const uint8_t *w = P::tile_at(a, mat, from + group);
+        const uint8_t *w = P::tile_at(a, 0, from + group);
 #pragma unroll
         for (int j = 0; j < P::SEG; j++)
             raw[j] = P::form::load(w + j * P::form::CHUNK, lane);
@@ -189,22 +138,21 @@ static __global__ __launch_bounds__(P::GROUPS * 128, 1) void mid_kernel(const __
             pdl_wait();
         waited = true;
         i += n;
-        const lin_cols c = lin_columns<MODE>(a, cols, entry);
+        const lin_cols c = lin_columns<LIN_DENSE>(a, cols, entry);
         if (c.n <= 0)
-            break; /* DENSE: rows of the bucket that the batch does not have; all that follow lack them too */
+            break; /* rows of the bucket that the batch does not have; all that follow lack them too */
         const int rows = (c.n + 7) & ~7;
-        mid_rows<MODE, P::N_UNIT, P::MOST, P::GROUPS * 4>(a, c, rows, x);
+        mid_rows<P::N_UNIT, P::MOST, P::GROUPS * 4>(a, c, rows, x);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncthreads();
 #define MID_CASE(N)                                                                                                    \
     if constexpr (N <= P::MOST)                                                                                        \
         if (rows == N)                                                                                                 \
-    mid_pieces<P, MODE, N>(a, c, from + group, from + n, at, raw)
+    mid_pieces<P, N>(a, c, from + group, from + n, at, raw)
         MID_CASE(8);
         MID_CASE(16);
         MID_CASE(24);
         MID_CASE(32);
-        MID_CASE(40);
 #undef MID_CASE
         __syncthreads();
     }
@@ -216,21 +164,10 @@ static __global__ __launch_bounds__(P::GROUPS * 128, 1) void mid_kernel(const __
 #endif
 }
 
-template <class P, lin_mode MODE> static void mid_launch(cuda_run *r, const lin_args &a, int cols) {
+template <class P> static void mid_launch(cuda_run *r, const lin_args &a, int cols) {
     if (r->error == cudaSuccess)
-        r->error = cudaFuncSetAttribute(mid_kernel<P, MODE>, cudaFuncAttributeMaxDynamicSharedMemorySize, P::SHARED);
-    cuda_launch(r, mid_kernel<P, MODE>, dim3((unsigned)r->dev->n_sm), dim3(P::GROUPS * 128), (size_t)P::SHARED, a,
-                cols);
-}
-
-/* Whether experts of MID_COLS rows or fewer at once can be computed here. */
-#define MID_COLS 40
-static inline bool mid_can(const cuda_run *r, const cuda_matrix *m) {
-    return cuda_has_wide(r->dev) && m->form == CUDA_FORM_MXFP4 && m->n_unit == 45;
-}
-template <lin_mode MODE> static void mid_run(cuda_run *r, const cuda_matrix *m, lin_args a) {
-    lin_matrix(&a, m);
-    mid_launch<mid_plan<form_mxfp4, 3, 15, MID_COLS, 4>, MODE>(r, a, 0);
+        r->error = cudaFuncSetAttribute(mid_kernel<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, P::SHARED);
+    cuda_launch(r, mid_kernel<P>, dim3((unsigned)r->dev->n_sm), dim3(P::GROUPS * 128), (size_t)P::SHARED, a, cols);
 }
 
 /* Rows of an item of a dense product, 0 to leave it: it pays where each group has one piece. */
@@ -246,9 +183,9 @@ static inline void mid_dense(cuda_run *r, const cuda_matrix *m, lin_args a) {
     const int cols = mid_dense_cols(r, m, a.rows.cap);
     lin_matrix(&a, m);
     if (m->n_unit == 45)
-        mid_launch<mid_plan<form_q8_0, 3, 15, 32, 4>, LIN_DENSE>(r, a, cols);
+        mid_launch<mid_plan<form_q8_0, 3, 15, 32, 4>>(r, a, cols);
     else
-        mid_launch<mid_plan<form_q8_0, 4, 16, 24, 4>, LIN_DENSE>(r, a, cols);
+        mid_launch<mid_plan<form_q8_0, 4, 16, 24, 4>>(r, a, cols);
 }
 
 #endif
