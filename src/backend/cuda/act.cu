@@ -352,10 +352,14 @@ orcd_status cuda_reserve(cuda_dev *d, int max_tok, int max_out, orcd_error *err)
     const size_t hidden = order * (size_t)round_up(d->want_ff, 64) * 2;
     size_t down = pairs * (size_t)d->want_embd * 4;
     if (cuda_has_wide(d)) {
-        const size_t x = order * (size_t)round_up(d->want_embd, 64) * 2;
+        const size_t row = (size_t)round_up(d->want_embd, 64) * 2, x = order * row;
+        const int64_t most = CUDA_BROAD_MEAN * d->want_expert, few = d->want_pairs < most ? d->want_pairs : most;
+        const size_t both =
+            (size_t)cuda_broad_at(few, d->want_embd) + (size_t)cuda_wide_pairs(few, d->want_expert) * row;
         const size_t dense = (size_t)round_up((int64_t)tok, 8) * (size_t)round_up(d->want_col, 64) * 2;
         down = down > x ? down : x;
         down = down > dense ? down : dense;
+        down = down > both ? down : both;
     }
     const size_t tiles = pairs + (size_t)d->want_expert + 1;
     ORCD_TRY(grow(d, &c->hidden, &c->hidden_bytes, hidden, hidden + 256, "experts' hidden rows", err));

@@ -241,9 +241,9 @@ static inline bool cuda_routes_many(int64_t n_embd, int64_t n_expert) {
 }
 struct cuda_scratch { /* shared by all operations of a step, sized by the largest */
     uint16_t *hidden; /* [pairs][ff rounded up to 64] f16, rows in expert order; as wide.cuh has them, too */
-    float *down;      /* [pairs][n_embd]; before it the rows of any product in wide.cuh's order */
+    float *down;      /* [pairs][n_embd]; before it, or behind, the rows of any product in wide.cuh's order */
     int32_t *perm;    /* [pairs] expert order -> pair = row * k + j */
-    int4 *tile;       /* [max tiles] expert, first, count */
+    int4 *tile;       /* [max tiles] expert, first, count, 0: what broad.cuh counts */
     int32_t *count;   /* tiles; pairs, with padding; wide.cuh's `taken` of gate_up, of down */
     float *partial;   /* attention splits, [CUDA_MAX_PARTIAL][16][dim + 2] */
     uint32_t *arrived;
@@ -473,6 +473,10 @@ static inline bool cuda_has_wide(const cuda_dev *d) { return d->dry || (d->major
 static inline int64_t cuda_wide_pairs(int64_t pairs, int64_t n_expert) {
     return round_up(pairs + 7 * (n_expert < pairs ? n_expert : pairs), 8);
 }
+
+/* Experts that broad.cuh computes have so many rows on average, at most; their rows lie behind their results. */
+#define CUDA_BROAD_MEAN 48
+static inline int64_t cuda_broad_at(int64_t pairs, int64_t n_embd) { return round_up(pairs * n_embd * 4, 1024); }
 
 /* Units of 64 columns per segment. */
 static inline __host__ __device__ int seg_len(int units) { return (units + CUDA_MAX_SPLIT - 1) / CUDA_MAX_SPLIT; }

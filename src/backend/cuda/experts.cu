@@ -3,6 +3,7 @@
  * Rows are put in order of their experts (perm), cut into tiles of at most `width` rows of one expert, and each tile
  * goes through the packed products. Each (row, expert) pair's output is kept apart and added up at the end in the order
  * of the route, so that a row's result does not depend on its neighbours. */
+#include "backend/cuda/broad.cuh"
 #include "backend/cuda/pour.cuh"
 #include "backend/cuda/stream.cuh"
 
@@ -574,6 +575,21 @@ static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l, int pair
     wide_launch<LIN_DOWN>(r, &c->w2->matrix[0], a);
 }
 
+/* Rows lie behind the results, which are written while others are still read. */
+static void run_broad(cuda_run *r, const cuda_cmd *c, const lin_args &l, int pairs, int order) {
+    cuda_scratch *s = &r->dev->scratch;
+    uint8_t *x = (uint8_t *)s->down + cuda_broad_at(pairs, c->w2->base.n_row);
+    wide_pack(r, {s->count + 1, order}, s->perm, c->k, c->x->f16, c->x->ld, x, order);
+    broad_args a = {};
+    a.cols = BROAD_COLS;
+    a.up.l = a.down.l = l;
+    a.up.ldx = a.down.ldx = order;
+    a.up.x = x;
+    a.down.x = a.up.hidden = (uint8_t *)s->hidden;
+    to_down(&a.down.l, c, s);
+    broad_run(r, &c->w->matrix[0], &c->w2->matrix[0], a);
+}
+
 bool cuda_can_combine_norm(const cuda_cmd *c, const cuda_cmd *norm) {
     const int64_t n = c->y->base.width;
     return !c->w->on_host && norm->op == CUDA_OP_NORM && norm->norm_kind == BE_NORM_RMS && norm->x == c->y &&
@@ -605,16 +621,17 @@ void cuda_run_experts_norm(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm)
     const cuda_count rows = cuda_rows_of(r, c);
     const int n_expert = (int)c->w->base.n_mat, pairs = rows.cap * c->k, mean = (pairs + n_expert - 1) / n_expert;
     const bool few = chain_can(r, &c->w->matrix[0]) && chain_can(r, &c->w2->matrix[0]);
-    const bool pour = few && pairs > 128 && mean <= 24;
+    const bool pour = few && pairs > 128 && mean <= 24, broad = few && mean > 24 && mean <= CUDA_BROAD_MEAN;
     /* Fewer rows are streamed sooner. Columns past ff stay zero in `hidden`, which has another order in wide.cuh. */
-    const bool wide = !pour && mean > 18 && wide_can(r, c->w) && wide_can(r, c->w2) && c->w->matrix[0].n_row % 64 == 0;
-    const int width = wide ? WIDE_COLS : pour ? mean <= 18 ? 24 : POUR_COLS : tile_width(mean);
+    const bool wide =
+        !pour && !broad && mean > 18 && wide_can(r, c->w) && wide_can(r, c->w2) && c->w->matrix[0].n_row % 64 == 0;
+    const int width = wide ? WIDE_COLS : broad ? BROAD_COLS : pour ? mean <= 18 ? 24 : POUR_COLS : tile_width(mean);
     const int by_count = n_expert + pairs / width, n_block = pairs < by_count ? pairs : by_count;
     const size_t counts = (size_t)32 * 4 * (size_t)n_expert;
     if (r->error == cudaSuccess)
         r->error = cudaFuncSetAttribute(order_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)counts);
     cuda_launch(r, order_kernel, dim3(1), dim3(1024), counts, rows, (const int32_t *)c->z->id, c->k, n_expert, width,
-                wide ? 8 : 1, wide || pour, s->perm, s->tile, s->count);
+                wide || broad ? 8 : 1, wide || broad || pour, s->perm, s->tile, s->count);
     lin_args a = {};
     a.tile = s->tile;
     a.n_tiles = s->count;
@@ -628,7 +645,9 @@ void cuda_run_experts_norm(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm)
     a.ldh = round_up(c->w->matrix[0].n_row, 64);
     a.alpha = c->glu.alpha;
     a.limit = c->glu.limit;
-    if (wide)
+    if (broad)
+        run_broad(r, c, a, pairs, (int)cuda_wide_pairs(pairs, n_expert));
+    else if (wide)
         run_wide(r, c, a, (int)cuda_wide_pairs(pairs, n_expert));
     else {
         run_tiles<LIN_GATE_UP>(r, &c->w->matrix[0], a, pour, width, n_block);

@@ -8,8 +8,8 @@
 static __global__ __launch_bounds__(256) void wide_pack_kernel(cuda_count rows, const int32_t *perm, int k,
                                                                const uint16_t *x, int64_t ldx, uint8_t *out,
                                                                int64_t ldo) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch(); /* after the wait: the kernel after this one may read the experts' list before its own wait */
     const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, piece = lane % 8;
     if (row >= count_rows(rows))
         return;
