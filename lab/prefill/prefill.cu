@@ -1,7 +1,10 @@
 /* lab/prefill/prefill.cu: products of many rows, wgmma (wide.cuh) against mma.sync (linear.cuh): bits first, then time.
- *   nvcc -std=c++17 -O3 -Isrc -gencode=arch=compute_90a,code=sm_90a lab/prefill/prefill.cu src/backend/cuda/wide.cu \
- *        -o build/prefill && build/prefill [tokens of 32 experts, +tokens of 128 experts ...] */
+ *   nvcc -std=c++17 -O3 -Isrc -gencode=arch=compute_90a,code=sm_90a lab/prefill/prefill.cu \
+ *        src/backend/cuda/{wide,pour,broad}.cu -o build/prefill && build/prefill [dense] [tokens of 32 experts, +tokens
+ * of 128 experts, u before it: uneven routes ...] */
+#include "backend/cuda/broad.cuh"
 #include "backend/cuda/mid.cuh"
+#include "backend/cuda/pour.cuh"
 #include "backend/cuda/stream.cuh"
 
 #include <algorithm>
@@ -106,17 +109,8 @@ static int64_t differ(const void *a, const void *b, int64_t n, int size) {
 
 static const int EMBD = 2880, FF = 2880;
 
-struct mid_variant {
-    const char *name;
-    int most;
-    void (*gate_up)(cuda_run *, const lin_args &, int), (*down)(cuda_run *, const lin_args &, int);
-};
-#define MID(MOST, G)                                                                                                   \
-    {                                                                                                                  \
-#MOST " rows, " #G " groups", MOST, mid_launch < mid_plan < form_mxfp4, 3, 15, MOST, G>, LIN_GATE_UP>,         \
-            mid_launch < mid_plan < form_mxfp4, 3, 15, MOST, G>, LIN_DOWN>                                             \
-    }
-static const mid_variant mids[] = {MID(40, 4), MID(24, 4)};
+/* Rows of an entry of the list. */
+static const int pours[] = {16, 24, 32}, broads[] = {48, 64};
 
 struct dense_variant {
     const char *name;
@@ -124,21 +118,23 @@ struct dense_variant {
     void (*run)(cuda_run *, const lin_args &, int);
 };
 #define DENSE(SEG, N_SEG, MOST, G)                                                                                     \
-    {                                                                                                                  \
-#MOST " rows, " #G " groups", MOST, SEG *N_SEG, mid_launch < mid_plan < form_q8_0, SEG, N_SEG, MOST, G>,       \
-            LIN_DENSE>                                                                                                 \
-    }
-static const dense_variant denses[] = {DENSE(3, 15, 40, 3), DENSE(3, 15, 32, 4), DENSE(4, 16, 24, 3),
+    { #MOST " rows, " #G " groups", MOST, SEG *N_SEG, mid_launch < mid_plan < form_q8_0, SEG, N_SEG, MOST, G>> }
+static const dense_variant denses[] = {DENSE(3, 15, 32, 3), DENSE(3, 15, 32, 4), DENSE(4, 16, 24, 3),
                                        DENSE(4, 16, 24, 4)};
 
 static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, const float *bgu, const float *bdn,
-                    int T, int E, int K) {
+                    int T, int E, int K, bool even) {
     std::vector<std::vector<int>> of((size_t)E);
+    std::vector<double> upto((size_t)E);
+    double all = 0;
+    for (double &u : upto)
+        u = all += even ? 1 : exp(0.5 * gauss());
     for (int i = 0; i < T; i++) {
         int id[8];
         for (int j = 0; j < K; j++) {
         again:
-            id[j] = (int)(rnd() % (uint32_t)E);
+            const double at = all * (double)(rnd() & 0xFFFFFF) / 16777216.0;
+            id[j] = (int)(std::upper_bound(upto.begin(), upto.end(), at) - upto.begin());
             for (int q = 0; q < j; q++)
                 if (id[q] == id[j])
                     goto again;
@@ -147,16 +143,16 @@ static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, c
     }
     const int mean = (T * K + E - 1) / E, width = mean <= 5 ? 8 : mean <= 11 ? 16 : mean <= 48 ? STREAM_MAX_COLS : 64;
     std::vector<int32_t> perm;
-    std::vector<int4> wide, many, mid[6];
+    std::vector<int4> wide, many, list[9]; /* [rows of an entry / 8] */
     for (int e = 0; e < E; e++) {
         const int c = (int)of[(size_t)e].size(), first = (int)perm.size(), nt = (c + WIDE_COLS - 1) / WIDE_COLS;
         const int per = nt ? ((c + nt - 1) / nt + 7) / 8 * 8 : 0;
         for (int i = 0; i < nt; i++)
             wide.push_back(make_int4(e, first + i * per, std::min(per, c - i * per), 0));
-        for (int q = 1; q < 6; q++) {
+        for (int q = 1; q < 9; q++) {
             const int n = (c + q * 8 - 1) / (q * 8), each = n ? ((c + n - 1) / n + 7) / 8 * 8 : 0;
             for (int i = 0; i < n; i++)
-                mid[q].push_back(make_int4(e, first + i * each, std::min(each, c - i * each), 0));
+                list[q].push_back(make_int4(e, first + i * each, std::min(each, c - i * each), 0));
         }
         for (int i = 0; i < c; i += width)
             many.push_back(make_int4(e, first + i, std::min(width, c - i), 0));
@@ -270,9 +266,9 @@ static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, c
             const double d = fabs((double)__half2float(p) - __half2float(q));
             dif = d <= dif ? dif : d;
         }
-    printf("T %5d: hidden %lld of %lld differ (by %.3g of %.3g), down %lld of %lld differ\n", T, (long long)bad,
-           (long long)T * K * FF, dif, big, (long long)differ(y0.data(), y1.data(), (int64_t)y0.size(), 4),
-           (long long)y0.size());
+    printf("T %5d%s: hidden %lld of %lld differ (by %.3g of %.3g), down %lld of %lld differ\n", T,
+           even ? "" : " uneven", (long long)bad, (long long)T * K * FF, dif, big,
+           (long long)differ(y0.data(), y1.data(), (int64_t)y0.size(), 4), (long long)y0.size());
     timer t;
     const int reps = T > 2048 ? 5 : 11;
     const float pk = t.ms(run_pack, reps), wg = t.ms(run_wide, reps), wdn = t.ms(run_wide_down, reps);
@@ -284,47 +280,53 @@ static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, c
            "(%zu tiles)\n",
            pk * 1e3, wg * 1e3, 2 * fl / wg / 1e9, mg * 1e3, 2 * fl / mg / 1e9, wdn * 1e3, fl / wdn / 1e9, mdn * 1e3,
            fl / mdn / 1e9, wide.size());
-    uint16_t *h_mid;
-    int32_t *mcount;
-    CK(cudaMalloc(&h_mid, (size_t)rows * FF * 2));
-    CK(cudaMalloc(&mcount, 4));
-    for (const mid_variant &v : mids) {
-        if (mean > v.most || T > 2048)
+    uint16_t *h_pour;
+    int32_t *n_list;
+    CK(cudaMalloc(&h_pour, (size_t)rows * FF * 2));
+    CK(cudaMalloc(&n_list, 4));
+    for (int v = 0; v < 5 && T <= 2048; v++) {
+        const bool broad = v >= 3;
+        const int cols = broad ? broads[v - 3] : pours[v];
+        const std::vector<int4> &of_cols = list[cols / 8];
+        int4 *dlist = to_dev(of_cols);
+        const int32_t n = (int32_t)of_cols.size();
+        if (mean > 2 * cols)
             continue;
-        const std::vector<int4> &list = mid[v.most / 8];
-        int4 *dlist = to_dev(list);
-        const int32_t n_list = (int32_t)list.size();
-        CK(cudaMemcpy(mcount, &n_list, 4, cudaMemcpyHostToDevice));
-        CK(cudaMemset(h_mid, 0xFF, (size_t)rows * FF * 2));
+        CK(cudaMemcpy(n_list, &n, 4, cudaMemcpyHostToDevice));
+        CK(cudaMemset(h_pour, 0xFF, (size_t)rows * FF * 2));
         CK(cudaMemset(y[0], 0xFF, (size_t)T * K * EMBD * 4));
         lin_args g = m, d = md;
-        lin_matrix(&g, &gu);
-        lin_matrix(&d, &dn);
-        g.tile = d.tile = dlist;
-        g.n_tiles = d.n_tiles = mcount;
-        g.yh = h_mid;
-        d.x = h_mid;
+        broad_args both = {w, wd, cols};
+        g.tile = d.tile = both.up.l.tile = both.down.l.tile = dlist;
+        g.n_tiles = d.n_tiles = both.up.l.n_tiles = both.down.l.n_tiles = n_list;
+        g.yh = h_pour;
+        d.x = h_pour;
         d.y = y[0];
-        auto run_gate_up = [&] { v.gate_up(r, g, 0); };
-        auto run_down = [&] { v.down(r, d, 0); };
+        auto clear = [&] { cudaMemset2DAsync(&dlist->w, 16, 0, 4, (size_t)n, r->stream); };
+        auto run_gate_up = [&] {
+            if (broad) {
+                clear();
+                broad_run(r, &gu, &dn, both);
+            } else
+                pour_run<LIN_GATE_UP>(r, &gu, g);
+        };
+        auto run_down = [&] {
+            if (!broad)
+                pour_run<LIN_DOWN>(r, &dn, d);
+        };
         run_gate_up();
         run_down();
         CK(r->error);
         CK(cudaDeviceSynchronize());
-        CK(cudaMemcpy(hw.data(), h_mid, hm.size() * 2, cudaMemcpyDeviceToHost));
         CK(cudaMemcpy(y0.data(), y[0], y0.size() * 4, cudaMemcpyDeviceToHost));
-        int64_t wrong = 0;
-        for (int64_t i = 0; i < rows; i++)
-            for (int f = 0; perm[(size_t)i] >= 0 && f < FF; f++)
-                wrong += hw[(size_t)(i * FF + f)] != hm[(size_t)(i * FF + f)];
-        const int64_t wrong_down = differ(y0.data(), y1.data(), (int64_t)y0.size(), 4);
-        const float tg = t.ms(run_gate_up, reps), td = t.ms(run_down, reps);
+        const int64_t wrong = differ(y0.data(), y1.data(), (int64_t)y0.size(), 4);
+        const float tg = t.ms(run_gate_up, reps), td = broad ? t.ms(clear, reps) : t.ms(run_down, reps);
         CK(r->error);
-        printf("  mid %s (%d tiles): gate_up %.1f us, down %.1f us; %lld, %lld differ\n", v.name, n_list, tg * 1e3,
-               td * 1e3, (long long)wrong, (long long)wrong_down);
+        printf("  %s, %d rows (%d tiles): %s %.1f us, %s %.1f us; %lld differ\n", broad ? "broad" : "pour", cols, n,
+               broad ? "both" : "gate_up", tg * 1e3, broad ? "of which memset" : "down", td * 1e3, (long long)wrong);
         cudaFree(dlist);
     }
-    cudaFree(h_mid), cudaFree(mcount);
+    cudaFree(h_pour), cudaFree(n_list);
     cudaFree(dx), cudaFree(h_many), cudaFree(h_wide), cudaFree(dperm), cudaFree(dcount), cudaFree(dwide);
     cudaFree(dmany), cudaFree(px), cudaFree(y[0]), cudaFree(y[1]);
 }
@@ -423,22 +425,45 @@ int main(int argc, char **argv) {
     cuda_run r = {};
     r.dev = &dev;
     r.shape.rows = 2048;
-    std::vector<int> T, T128;
-    for (int i = 1; i < argc; i++)
-        (argv[i][0] == '+' ? T128 : T).push_back(atoi(argv[i]));
-    if (T.empty() && T128.empty())
-        T = {32, 64, 96, 128, 192, 256, 384, 512, 2048, 8192}, T128 = {64, 256, 2048};
+    struct job {
+        int E, T;
+        bool even;
+    };
+    std::vector<job> jobs;
+    std::vector<int> T;
+    bool with_dense = false;
+    for (int i = 1; i < argc; i++) {
+        const char *s = argv[i];
+        if (!strcmp(s, "dense")) {
+            with_dense = true;
+            continue;
+        }
+        const bool even = *s != 'u';
+        s += !even;
+        jobs.push_back({*s == '+' ? 128 : 32, atoi(s), even});
+    }
+    if (jobs.empty()) {
+        with_dense = true;
+        for (int n : {32, 64, 96, 128, 192, 256, 384, 512, 2048, 8192})
+            jobs.push_back({32, n, true});
+        for (int n : {64, 256, 2048})
+            jobs.push_back({128, n, true});
+    }
     const float *bias = floats(128 * 5760, 0.1f);
     for (int E = 32; E <= 128; E += 96) {
         const cuda_matrix gu = make(CUDA_FORM_MXFP4, CUDA_ROWS_GLU, E, FF, EMBD);
         const cuda_matrix dn = make(CUDA_FORM_MXFP4, CUDA_ROWS_PLAIN, E, EMBD, FF);
-        for (int n : E == 32 ? T : T128)
-            experts(&r, gu, dn, bias, bias + 77, n, E, 4);
+        for (const job &j : jobs) {
+            if (j.E == E)
+                experts(&r, gu, dn, bias, bias + 77, j.T, E, 4, j.even);
+            if (E == 32 && j.E == E)
+                T.push_back(j.T);
+        }
         cudaFree(gu.data), cudaFree(dn.data);
     }
     const cuda_form form[] = {CUDA_FORM_Q8_0, CUDA_FORM_F16};
     const char *name[] = {"Q8_0 ", "F16  "};
-    for (int f = 0; f < 2; f++) {
+    for (int f = 0; with_dense && f < 2; f++) {
         char text[32];
         const cuda_matrix q = make(form[f], CUDA_ROWS_PAIR64, N_COPY, 5120, 2880),
                           o = make(form[f], CUDA_ROWS_PLAIN, N_COPY, 2880, 4096);
