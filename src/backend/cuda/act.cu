@@ -6,6 +6,10 @@
 
 /* ---- activations ---- */
 
+/* At least as many rows as a step of up to n is recorded for (bucket() in step.cu), which kernels take as
+ * cuda_count.cap where rows lie behind one another: scratch has room for them. */
+static int64_t recorded_rows(int64_t n) { return n > 256 ? n : round_up(n, 64); }
+
 orcd_status cuda_act_new(be_device *base, be_form form, int64_t cap_row, int64_t width, be_act **out, orcd_error *err) {
     cuda_dev *d = (cuda_dev *)base;
     orcd_status st = ORCD_OK;
@@ -27,7 +31,8 @@ orcd_status cuda_act_new(be_device *base, be_form form, int64_t cap_row, int64_t
         ORCD_TRY_GOTO(st, done, cuda_alloc(d, &a->id, n * sizeof *a->id, "routing", err));
         ORCD_TRY_GOTO(st, done, cuda_alloc(d, &a->expert_w, n * sizeof *a->expert_w, "routing", err));
         d->want_k = width;
-        d->want_pairs = (int64_t)n > d->want_pairs ? (int64_t)n : d->want_pairs;
+        const int64_t pairs = recorded_rows(cap_row) * width;
+        d->want_pairs = pairs > d->want_pairs ? pairs : d->want_pairs;
     } else {
         ORCD_TRY_GOTO(st, done, cuda_alloc(d, &a->f32, n * sizeof *a->f32, "an activation", err));
         if (form == BE_ACT_FREE || width <= 16384) { /* wide floats are logits: no product reads them */
@@ -347,7 +352,8 @@ static orcd_status grow(cuda_dev *d, T **p, size_t *have, size_t want, size_t by
 orcd_status cuda_reserve(cuda_dev *d, int max_tok, int max_out, orcd_error *err) {
     cuda_scratch *c = &d->scratch;
     ORCD_TRY(reserve_batch(d, max_tok, max_out, err));
-    const size_t pairs = (size_t)d->want_pairs, tok = (size_t)d->max_tok, outs = (size_t)d->max_out;
+    const size_t pairs = (size_t)d->want_pairs, outs = (size_t)d->max_out;
+    const size_t tok = (size_t)recorded_rows(d->max_tok > d->max_out ? d->max_tok : d->max_out);
     const size_t order = (size_t)cuda_wide_pairs(d->want_pairs, d->want_expert);
     const size_t hidden = order * (size_t)round_up(d->want_ff, 64) * 2;
     size_t down = pairs * (size_t)d->want_embd * 4;
