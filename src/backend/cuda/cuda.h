@@ -123,8 +123,9 @@ struct alignas(16) cuda_batch { /* read in four pieces */
     int32_t id_part; /* half of host_id that this step's ids go to */
 };
 
-struct cuda_tile { /* rows row .. row + n - 1 of one sequence */
-    int32_t row, n;
+#define CUDA_TILE_ROWS 16
+struct cuda_tile { /* rows row .. row + n - 1 of one sequence, the first at position pos */
+    int32_t row, n, pos, slot;
 };
 
 struct cuda_arrays { /* device copies, at fixed addresses */

@@ -282,7 +282,7 @@ static __device__ void begin_put(const cuda_batch &b, const cuda_arrays &a, cons
         return;
     }
     const int off[] = {b.off_token, b.off_pos, b.off_slot, b.off_out, b.off_one, b.off_tile};
-    const int len[] = {b.n_tok, b.n_tok, b.n_tok, b.n_out, b.n_one, 2 * b.n_tile};
+    const int len[] = {b.n_tok, b.n_tok, b.n_tok, b.n_out, b.n_one, 4 * b.n_tile};
     int32_t *const to[] = {a.token, a.pos, a.slot, a.out_row, a.one, (int32_t *)a.tile};
 #pragma unroll
     for (int i = 0; i < 6; i++)
@@ -319,7 +319,13 @@ void cuda_run_begin(cuda_run *r) {
     r->pdl = pdl;
 }
 
-/* Sequences with one row, and tiles of at most 16 rows of the others. */
+/* Those with most keys first. */
+static int later_tile(const void *a, const void *b) {
+    const cuda_tile *x = (const cuda_tile *)a, *y = (const cuda_tile *)b;
+    return x->pos != y->pos ? (x->pos < y->pos) - (x->pos > y->pos) : x->row - y->row;
+}
+
+/* Sequences with one row, and tiles of the others. */
 static void split_rows(const be_batch *b, bool no_ones, int32_t *one, int *n_one, cuda_tile *tile, int *n_tile) {
     *n_one = *n_tile = 0;
     for (int i = 0, n; i < b->n_tok; i += n) {
@@ -329,9 +335,10 @@ static void split_rows(const be_batch *b, bool no_ones, int32_t *one, int *n_one
             one[(*n_one)++] = i;
             continue;
         }
-        for (int k = 0; k < n; k += 16)
-            tile[(*n_tile)++] = {i + k, n - k < 16 ? n - k : 16};
+        for (int k = 0; k < n; k += CUDA_TILE_ROWS)
+            tile[(*n_tile)++] = {i + k, n - k < CUDA_TILE_ROWS ? n - k : CUDA_TILE_ROWS, b->pos[i] + k, b->slot[i]};
     }
+    qsort(tile, (size_t)*n_tile, sizeof *tile, later_tile);
 }
 
 static int bucket(int n) {
@@ -344,7 +351,7 @@ static int bucket(int n) {
 
 /* Words for a step of so many rows, outputs and other things. */
 static size_t upload_words(int tok, int outs, size_t other) {
-    return sizeof(cuda_batch) / 4 + (size_t)tok * 7 + (size_t)outs * (2 + sizeof(be_sample) / 4) + other + 64;
+    return sizeof(cuda_batch) / 4 + (size_t)tok * 9 + (size_t)outs * (2 + sizeof(be_sample) / 4) + other + 64;
 }
 
 /* Pinning memory waits until the device has nothing to do: at first enough for almost any step. */
@@ -436,7 +443,7 @@ static orcd_status fill_upload(cuda_dev *d, cuda_step *s, cuda_shape *shape, int
     const bool no_ones = s->group > 16 || (kv && (int64_t)ones * kv->base.spec.n_kv_head * reach > CUDA_MAX_PARTIAL &&
                                            !cuda_attn_many(kv, ones, s->group));
     split_rows(b, no_ones, host + h->off_one, &h->n_one, (cuda_tile *)(host + h->off_tile), &h->n_tile);
-    at += 3 * tok;
+    at += tok + 4 * h->n_tile;
     h->off_map = at;
     if (n_map) {
         memcpy(host + at, kv->map, (size_t)n_map * sizeof *kv->map);
