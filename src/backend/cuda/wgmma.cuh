@@ -77,6 +77,13 @@ WG_DEFINE(112, WG_S6, "56", "57", "58", "59", "60", "61", WG_R8(0), WG_R8(8), WG
           WG_R8(40), WG_R8(48))
 WG_DEFINE(128, WG_S7, "64", "65", "66", "67", "68", "69", WG_R8(0), WG_R8(8), WG_R8(16), WG_R8(24), WG_R8(32),
           WG_R8(40), WG_R8(48), WG_R8(56))
+/* wgmma<64> with A in shared memory, as B is. */
+static __device__ __forceinline__ void wgmma64_shared(float (&d)[32], uint64_t a, uint64_t b, int keep) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" WG_S3 "}, %32, %33, p, 1, 1, 0, 0;\n}"
+                 : WG_R8(0), WG_R8(8), WG_R8(16), WG_R8(24)
+                 : "l"(a), "l"(b), "r"(keep));
+}
 #undef WG_DEFINE
 #undef WG_R8
 #undef WG_R4
