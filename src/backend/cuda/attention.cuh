@@ -6,7 +6,7 @@
  * Every kernel computes the same numbers in this order; they differ in who takes which pages:
  *
  *   attention.cu       one: a warp a page, for few sequences with one row each; tile: a warp walks all pages of 16 rows
- *   attention_long.cu  tile's work with pages in shared memory: prompts
+ *   attention_long.cu  tile's work by wgmma, on Hopper: prompts
  *   attention_many.cu  a warp walks the pages of a row and KV head after the other: many sequences with one row each */
 #ifndef ORCD_BACKEND_CUDA_ATTENTION_CUH
 #define ORCD_BACKEND_CUDA_ATTENTION_CUH

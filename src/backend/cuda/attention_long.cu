@@ -1,230 +1,572 @@
-/* backend/cuda/attention_long.cu: attention of runs of rows with pages in shared memory: heads of 64, eight query heads
- * a KV head, f16. */
+/* backend/cuda/attention_long.cu: attention of runs of rows on Hopper, by wgmma: heads of 64, eight query heads a KV
+ * head, f16 or 8 bits. The bits of attention.cu's kernels.
+ *
+ * A block has four groups of four warps, each with 64 rows: eight positions, eight heads. Four more warps bring pages
+ * into a ring in shared memory, and run ahead of them from one tile to the next. A step of 16 columns holds what
+ * mma.sync's step holds elsewhere, so columns change places on the way: of 32 dims of a key, bytes 16 t .. + 7 go to
+ * step 0, the other halves to step 1; of 32 keys of V, step j has pairs 4 t + 2 j and, eight columns on, 4 t + 2 j + 1.
+ * K's rows stand so that a lane's columns of the scores are the keys that it has elsewhere. */
 #include "backend/cuda/attention.cuh"
+#include "backend/cuda/wgmma.cuh"
 
-#define LONG_STAGES 3
-#define LONG_PAGE (2 * BE_PAGE * 64 * 2) /* K, V of a page */
-#define LONG_ALL (4 * 2 * 8 * 32 * 16)   /* [warp][16 rows][dims / 8][lane] four sums each */
-#define LONG_SHARED (LONG_STAGES * LONG_PAGE + LONG_ALL)
+#define LONG_STAGES 6
+#define LONG_PAGE (2 * BE_PAGE * 64 * 2) /* K, V of a page in f16 */
+#define LONG_GROUPS (CUDA_TILE_ROWS / 8)
+#define LONG_WARPS (LONG_GROUPS * 4)
+#define LONG_FEED 128 /* threads that copy */
+#define LONG_THREADS (LONG_WARPS * 32 + LONG_FEED)
 
-struct long_warp { /* 32 rows of a warp */
-    attn_rows r[2];
-    uint4 q[2][2][2];
-    float m[2][2], l[2][2], o[2][8][4]; /* of the super-chunk */
+/* Shared memory, from a multiple of 1,024 on. */
+#define LONG_QUERY (LONG_STAGES * LONG_PAGE)       /* [group][64 rows][128] */
+#define LONG_ALL (LONG_QUERY + LONG_GROUPS * 8192) /* [warp][dims / 8][lane] four sums each */
+#define LONG_BARS (LONG_ALL + LONG_WARPS * 4096)   /* [stage] full, empty */
+#define LONG_SCALES (LONG_BARS + LONG_STAGES * 16) /* [stage][64] of the keys, 8 bits */
+#define LONG_SHARED (LONG_SCALES + LONG_STAGES * 256 + 1024)
+
+/* A tile and a KV head. */
+struct long_item {
+    cuda_tile tile;
+    int kv_head, low, last, from, to; /* positions and pages that some row sees */
+
+    /* The block's k-th: those with most keys come first, blocks take turns there and back. */
+    __device__ __forceinline__ bool take(const attn_args &a, int n_tile, int k) {
+        const int block = k % 2 ? (int)gridDim.x - 1 - (int)blockIdx.x : (int)blockIdx.x,
+                  i = k * (int)gridDim.x + block;
+        if (i >= n_tile * a.n_kv)
+            return false;
+        tile = a.a.tile[i / a.n_kv];
+        kv_head = i % a.n_kv;
+        last = tile.pos + tile.n - 1;
+        low = first_key(a, tile.pos);
+        from = low / BE_PAGE;
+        to = last / BE_PAGE;
+        return true;
+    }
 };
 
-/* One page joins the warp's super-chunk: do_page and merge_part for 32 rows, each sum merged as soon as it is there. */
-template <bool MASK>
-static __device__ __forceinline__ bool long_page(const attn_args &a, long_warp &w, const uint8_t *page, int key0, int g,
-                                                 int t) {
-    float s[2][8][4];
-#pragma unroll
-    for (int b = 0; b < 2; b++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-#pragma unroll
-            for (int m = 0; m < 2; m++)
-                s[m][b * 4 + i][0] = s[m][b * 4 + i][1] = s[m][b * 4 + i][2] = s[m][b * 4 + i][3] = 0;
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const uint4 v = *(const uint4 *)(page + piece_at(32 * b + (g >> 1) * 8 + 2 * i + (g & 1), e * 4 + t));
-#pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    const uint4 q0 = w.q[m][0][e], q1 = w.q[m][1][e];
-                    mma_f16(s[m][b * 4 + i], q0.x, q1.x, q0.y, q1.y, v.x, v.y);
-                    mma_f16(s[m][b * 4 + i], q0.z, q1.z, q0.w, q1.w, v.z, v.w);
-                }
-            }
-        }
-    float top[2][2];
-    bool none = false;
-#pragma unroll
-    for (int n = 0; n < 2; n++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float m = -INFINITY;
-#pragma unroll
-            for (int i = 0; i < 16; i++) {
-                float &z = s[n][i / 2][h * 2 + i % 2];
-                z = __fmul_rn(z, a.scale_log2);
-                if (MASK) {
-                    const int age = w.r[n].pos[h] - (key0 + i / 8 * 32 + 8 * t + i % 8);
-                    z = age >= 0 && (a.window == 0 || age < a.window) ? z : -INFINITY;
-                }
-                m = fmaxf(m, z);
-            }
-            m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-            top[n][h] = m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-            none |= m == -INFINITY;
-        }
-    if (!MASK && __any_sync(~0u, none))
-        return false; /* a row of NaN has no part in the page: only the other version can leave it out */
-    uint32_t p[2][2][8];
-    float x[2][2], y[2][2];
-    bool there[2][2];
-#pragma unroll
-    for (int n = 0; n < 2; n++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const float m = top[n][h], mm = MASK && m == -INFINITY ? 0.f : m;
-            float l = 0;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const float p0 = exp2_fast(s[n][i][h * 2] - mm), p1 = exp2_fast(s[n][i][h * 2 + 1] - mm);
-                l = l + p0;
-                l = l + p1;
-                p[n][h][i] = f16x2(p0, p1);
-            }
-            l += __shfl_xor_sync(~0u, l, 1);
-            l += __shfl_xor_sync(~0u, l, 2);
-            there[n][h] = !MASK || m != -INFINITY;
-            if (there[n][h])
-                soft_merge(w.m[n][h], w.l[n][h], m, l, x[n][h], y[n][h]);
-        }
-    const int key_low = w.r[0].key_low - key0 - 8 * t, key_high = w.r[1].key_high - key0 - 8 * t;
-#pragma unroll
-    for (int d = 0; d < 8; d++) {
-        float o[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
-#pragma unroll
-        for (int b = 0; b < 2; b++) {
-            uint4 v = *(const uint4 *)(page + LONG_PAGE / 2 + piece_at(8 * d + g, 4 * b + t));
-            if (MASK) { /* values that no row sees may be anything, and NaN times zero is NaN */
-                uint32_t keep[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    keep[i] = (32 * b + 2 * i >= key_low && 32 * b + 2 * i <= key_high ? 0xFFFFu : 0) |
-                              (32 * b + 2 * i + 1 >= key_low && 32 * b + 2 * i + 1 <= key_high ? 0xFFFF0000u : 0);
-                v = make_uint4(v.x & keep[0], v.y & keep[1], v.z & keep[2], v.w & keep[3]);
-            }
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                mma_f16(o[n], p[n][0][b * 4], p[n][1][b * 4], p[n][0][b * 4 + 1], p[n][1][b * 4 + 1], v.x, v.y);
-                mma_f16(o[n], p[n][0][b * 4 + 2], p[n][1][b * 4 + 2], p[n][0][b * 4 + 3], p[n][1][b * 4 + 3], v.z, v.w);
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float &sum = w.o[n][d][i];
-                const float joined = fmaf(sum, x[n][i / 2], o[n][i] * y[n][i / 2]);
-                sum = there[n][i / 2] ? joined : sum;
-            }
+#ifdef HAVE_WGMMA
+struct long_ring { /* the place in it that a warp has reached */
+    uint32_t shared;
+    int stage, parity;
+    __device__ __forceinline__ void next() {
+        if (++stage == LONG_STAGES)
+            stage = 0, parity ^= 1;
     }
-    return true;
+    __device__ __forceinline__ uint32_t keys() const { return shared + stage * LONG_PAGE; }
+    __device__ __forceinline__ uint32_t values() const { return keys() + LONG_PAGE / 2; }
+    __device__ __forceinline__ uint32_t scales() const { return shared + LONG_SCALES + stage * 256; }
+    __device__ __forceinline__ uint32_t full() const { return shared + LONG_BARS + stage * 16; }
+    __device__ __forceinline__ uint32_t empty() const { return full() + 8; }
+};
+
+/* ---- copies ---- */
+
+static __device__ __forceinline__ void long_put(uint32_t at, uint32_t x) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+}
+static __device__ __forceinline__ void long_put(uint32_t at, uint32_t x, uint32_t y) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(x), "r"(y) : "memory");
+}
+/* What the thread wrote before is there for wgmma. */
+static __device__ __forceinline__ void long_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+static __device__ __forceinline__ const uint8_t *long_source(const attn_args &a, const long_item &w, int p) {
+    const int id = a.table[(int64_t)w.tile.slot * a.n_entry + p];
+    return a.layer + (int64_t)max(id, 0) * a.page_bytes + (int64_t)w.kv_head * a.head_bytes;
 }
 
-/* The super-chunk joins what came before, which a lane keeps in shared memory; clears it. */
-static __device__ __forceinline__ void long_super(long_warp &w, float (&m)[2][2], float (&l)[2][2], float4 *all) {
+/* Mask of a pair of keys: those that some row of the tile sees. */
+static __device__ __forceinline__ uint32_t long_seen(const long_item &w, int key) {
+    return (key >= w.low && key <= w.last ? 0xFFFFu : 0) | (key + 1 >= w.low && key + 1 <= w.last ? 0xFFFF0000u : 0);
+}
+
+/* Pages of f16: every fourth row of K, in pairs, and of V are a warp's. */
+template <class T> struct long_feed {
+    int warp, lane;
+    uint32_t k_dst, v_dst;
+
+    __device__ __forceinline__ long_feed(int i) : warp(i / 32), lane(i % 32) {
+        const int u = lane % 16, unit = 4 * (u / 8 * 2 + u % 2) + u / 2 % 4, c = lane / 16;
+        k_dst = warp * 1024 + c * 128 + ((unit / 2 ^ c) << 4) + unit % 2 * 8;
+        v_dst = warp * 128 + ((lane / 16 * 4 + lane % 4 ^ warp) << 4) + lane % 16 / 4 * 4;
+    }
+    __device__ __forceinline__ void keys(const uint8_t *src, uint32_t dst) const {
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
-        float x[2], y[2];
+        for (int i = 0; i < 8; i++)
+            asm volatile(
+                "cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((dst ^ i % 4 << 5) + i / 4 * 4096 + i % 4 * 256),
+                "l"(src + i * 1024)
+                : "memory");
+    }
+    /* EDGE: a pair of keys is there (all of mask), or not: then it becomes zero, for what nobody wrote may be anything,
+     * and NaN times zero is NaN. */
+    template <bool EDGE> __device__ __forceinline__ void values(const uint8_t *src, uint32_t dst, uint32_t mask) const {
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            if (w.m[n][h] == -INFINITY) {
-                x[h] = 1;
-                y[h] = 0;
+        for (int d = 0; d < 64; d += 4) {
+            const uint32_t to = (dst ^ (d & 4) << 4) + d * 128;
+            if (EDGE)
+                asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(src + d * 128),
+                             "r"(mask ? 4 : 0)
+                             : "memory");
+            else
+                asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(src + d * 128) : "memory");
+        }
+    }
+    /* One key of the pair is there. */
+    __device__ __forceinline__ void half(const uint8_t *src, uint32_t dst, uint32_t mask) const {
+#pragma unroll 4
+        for (int d = 0; d < 64; d += 4)
+            long_put((dst ^ (d & 4) << 4) + d * 128, *(const uint32_t *)(src + d * 128) & mask);
+        asm volatile("cp.async.wait_all;" ::: "memory");
+    }
+    __device__ __forceinline__ void run(const attn_args &a, const long_item &w, long_ring &at) const {
+        const uint8_t *page = long_source(a, w, w.from);
+        for (int p = w.from; p <= w.to; p++) {
+            const uint8_t *src = page + LONG_PAGE / 2 + warp * 128 + lane * 4;
+            const uint32_t dst = at.values() + v_dst, full = at.full();
+            const uint32_t mask = long_seen(w, p * BE_PAGE + 2 * lane);
+            mbar_wait(at.empty(), at.parity);
+            keys(page + warp * 256 + lane * 8, at.keys() + k_dst);
+            page = long_source(a, w, min(p + 1, w.to));
+            at.next();
+            if (p > w.from && p < w.to)
+                values<false>(src, dst, mask);
+            else if (mask == 0 || mask == ~0u)
+                values<true>(src, dst, mask);
+            else {
+                half(src, dst, mask);
+                mbar_arrive(full);
                 continue;
             }
-            soft_merge(m[n][h], l[n][h], w.m[n][h], w.l[n][h], x[h], y[h]);
+            asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
+        }
+    }
+};
+
+/* Pages of 8 bits: a thread turns eight values of four keys, and of four dims of V, into f16, V's times their scales.
+ * The next page is on its way meanwhile. */
+template <> struct long_feed<kv_int8> {
+    int i, q;
+    uint32_t k_dst, v_dst;
+    uint2 k[4], v[4];
+    uint4 scale;
+    __half k_scale;
+
+    __device__ __forceinline__ long_feed(int thread) : i(thread), q(thread % 8) {
+        const int t = q % 4, r = i / 8, turn = r / 8 * 2 + r % 2; /* turn: of K's row in eight, or four less */
+        k_dst = (r % 8 / 2 * 8 + turn) * 128 + ((q / 4 * 4 + t / 2 ^ turn) << 4) + t % 2 * 8;
+        v_dst = r * 128 + ((q / 4 * 4 ^ (r & 7)) << 4) + t * 4;
+    }
+    __device__ __forceinline__ void ask_k(const uint8_t *page) {
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            k[j] = *(const uint2 *)(page + j * 1024 + i * 8);
+        k_scale = *(const __half *)(page + 8192 + i % 64 * 2);
+    }
+    __device__ __forceinline__ void ask_v(const uint8_t *page) {
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            v[j] = *(const uint2 *)(page + 4096 + j * 1024 + i * 8);
+        scale = *(const uint4 *)(page + 8192 + 128 + q * 16);
+    }
+    __device__ __forceinline__ void put_k(const long_ring &at) const {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const uint4 x = kv_unpack(k[j]);
+            const uint32_t to = (at.keys() + k_dst ^ j % 2 << 6) + j / 2 * 4096 + j % 2 * 512;
+            long_put(to, x.x, x.y);
+            long_put(to ^ 32, x.z, x.w);
+        }
+        if (i < 64)
+            long_put(at.scales() + i * 4, __float_as_uint(__half2float(k_scale)));
+    }
+    /* The thread's first key is `key`. Scales that nobody wrote may be anything. */
+    __device__ __forceinline__ void put_v(const long_ring &at, const long_item &w, int key) {
+        uint32_t *s = (uint32_t *)&scale;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            s[j] &= long_seen(w, key + 2 * j);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const uint4 x = kv_scaled(kv_unpack(v[j]), scale);
+            const uint32_t to = at.values() + v_dst + j * 2048;
+            long_put(to, x.x);
+            long_put(to ^ 16, x.y);
+            long_put(to ^ 32, x.z);
+            long_put(to ^ 48, x.w);
+        }
+    }
+    __device__ __forceinline__ void run(const attn_args &a, const long_item &w, long_ring &at) {
+        const uint8_t *page = long_source(a, w, w.from);
+        ask_k(page);
+        ask_v(page);
+        for (int p = w.from; p <= w.to; p++) {
+            page = long_source(a, w, min(p + 1, w.to));
+            mbar_wait(at.empty(), at.parity);
+            put_k(at);
+            ask_k(page);
+            put_v(at, w, p * BE_PAGE + q * 8);
+            ask_v(page);
+            long_fence();
+            mbar_arrive(at.full());
+            at.next();
+        }
+    }
+};
+
+/* ---- a warp's 16 rows: positions 2 w and 2 w + 1 of the group's eight, lane / 4 their head ---- */
+
+struct long_rows {
+    int pos[2];               /* -1: none */
+    int whole_from, whole_to; /* pages that both see whole */
+    float m[2], l[2], o[32];  /* of the super-chunk */
+    float am[2], al[2];       /* of those before, whose outputs are in shared memory */
+};
+
+static __device__ __forceinline__ void long_clear(long_rows &w) {
+#pragma unroll
+    for (int i = 0; i < 32; i++)
+        w.o[i] = 0;
+    w.m[0] = w.m[1] = -INFINITY;
+    w.l[0] = w.l[1] = 0;
+}
+
+/* n of the two positions are there; rows: the warp's in shared memory. */
+static __device__ __forceinline__ void long_query(const attn_args &a, long_rows &w, const long_item &item, int first,
+                                                  uint32_t rows, int g, int t) {
+    const int n = item.tile.n - first;
+    float2 x[2][4][2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const float *src = a.qkv + (int64_t)(item.tile.row + first + h) * a.width + (item.kv_head * 8 + g) * 64 +
+                           t / 2 * 8 + t % 2 * 2;
+        w.pos[h] = h < n ? item.tile.pos + first + h : -1;
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            x[h][j / 2][j % 2] =
+                h < n ? __ldcg((const float2 *)(src + j / 4 * 32 + j / 2 % 2 * 4 + j % 2 * 16)) : make_float2(0, 0);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            long_put(rows + (h * 8 + g) * 128 + ((j ^ g) << 4) + t * 4,
+                     f16x2(x[h][j / 2][j % 2].x, x[h][j / 2][j % 2].y));
+    long_fence();
+    w.whole_from = a.window > 0 ? max(w.pos[1] - a.window + BE_PAGE, 0) / BE_PAGE : 0;
+    w.whole_to = n > 1 ? (w.pos[0] + 1) / BE_PAGE : 0;
+    w.am[0] = w.am[1] = -INFINITY;
+    w.al[0] = w.al[1] = 0;
+    long_clear(w);
+}
+
+/* Scores, times the keys' scales where they have some. */
+template <class T>
+static __device__ __forceinline__ void long_scale(const attn_args &a, float (&s)[32], const long_ring &at, int t) {
+    if (sizeof(T) == 1)
+#pragma unroll
+        for (int b = 0; b < 4; b++) {
+            float x[4];
+            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                         : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                         : "r"(at.scales() + b / 2 * 128 + t * 32 + b % 2 * 16));
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                s[b * 8 + i] = __fmul_rn(s[b * 8 + i], x[i / 4 * 2 + i % 2]);
         }
 #pragma unroll
-        for (int d = 0; d < 8; d++) {
-            float4 &to = all[(n * 8 + d) * 32];
-            float(&o)[4] = w.o[n][d];
-            float4 v = to;
-            if (w.m[n][0] != -INFINITY) {
-                v.x = fmaf(v.x, x[0], o[0] * y[0]);
-                v.y = fmaf(v.y, x[0], o[1] * y[0]);
-            }
-            if (w.m[n][1] != -INFINITY) {
-                v.z = fmaf(v.z, x[1], o[2] * y[1]);
-                v.w = fmaf(v.w, x[1], o[3] * y[1]);
-            }
-            to = v;
-            o[0] = o[1] = o[2] = o[3] = 0;
+    for (int i = 0; i < 32; i++)
+        s[i] = __fmul_rn(s[i], a.scale_log2);
+}
+
+/* A page that the group does not see: not before it is there, for no warp may be a round ahead of the others. */
+static __device__ __forceinline__ void long_skip(long_ring &at, int lane) {
+    mbar_wait(at.full(), at.parity);
+    if (lane == 0)
+        mbar_arrive(at.empty());
+    at.next();
+}
+
+/* Of page p, keys that a row does not see. */
+static __device__ __forceinline__ void long_mask(const attn_args &a, const long_rows &w, float (&s)[32], int p, int t) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int last = w.pos[h] - p * BE_PAGE - 8 * t, first = a.window > 0 ? last - a.window + 1 : -BE_PAGE;
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const int key = i / 8 * 32 + i % 8;
+            float &z = s[i / 2 * 4 + h * 2 + i % 2];
+            z = key >= first && key <= last ? z : -INFINITY;
         }
-        w.m[n][0] = w.m[n][1] = -INFINITY;
-        w.l[n][0] = w.l[n][1] = 0;
     }
 }
 
-static __device__ __forceinline__ void long_fetch(const attn_args &a, const int32_t *table, int kv_head, int p,
-                                                  uint8_t *dst) {
-    const uint8_t *src = a.layer + (int64_t)max(table[p], 0) * a.page_bytes + (int64_t)kv_head * LONG_PAGE;
+/* Scores become weights p against the page's maximum m, l their sum. */
+static __device__ __forceinline__ void long_soft(float (&s)[32], float (&m)[2], float (&l)[2], uint32_t (&p)[4][4]) {
 #pragma unroll
-    for (int i = 0; i < LONG_PAGE / 16 / 128; i++) {
-        const int k = i * 128 + threadIdx.x;
-        const uint32_t at = (uint32_t)__cvta_generic_to_shared(dst + piece_at(k / 8, k % 8));
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(src + k * 16) : "memory");
+    for (int h = 0; h < 2; h++) {
+        float top[4];
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const float z = s[i / 2 * 4 + h * 2 + i % 2];
+            top[i % 4] = i < 4 ? z : fmaxf(top[i % 4], z);
+        }
+        top[0] = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
+        top[0] = fmaxf(top[0], __shfl_xor_sync(~0u, top[0], 1));
+        m[h] = fmaxf(fmaxf(top[0], __shfl_xor_sync(~0u, top[0], 2)), -INFINITY); /* no NaN */
+        const float mm = m[h] == -INFINITY ? 0.f : m[h];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float p0 = exp2_fast(s[i * 4 + h * 2] - mm), p1 = exp2_fast(s[i * 4 + h * 2 + 1] - mm);
+            l[h] = i ? l[h] + p0 : p0;
+            l[h] = l[h] + p1;
+            p[i / 2][i % 2 * 2 + h] = f16x2(p0, p1);
+        }
+        l[h] += __shfl_xor_sync(~0u, l[h], 1);
+        l[h] += __shfl_xor_sync(~0u, l[h], 2);
     }
 }
 
-/* blockIdx.x = tile from the last, which sees most keys; y = KV head. Four warps of 32 rows: 16 positions, 8 heads. */
-static __global__ __launch_bounds__(128, 2) void attn_long_kernel(attn_args a) {
-    extern __shared__ __align__(128) uint8_t long_shared[];
-    pdl_launch();
-    pdl_wait();
-    if ((int)blockIdx.x >= a.a.batch->n_tile)
-        return;
-    const cuda_tile tile = a.a.tile[a.a.batch->n_tile - 1 - (int)blockIdx.x];
-    const int kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
-    const int32_t *table = a.table + (int64_t)a.a.slot[tile.row] * a.n_entry;
-    const int from = first_key(a, a.a.pos[tile.row]) / BE_PAGE, to = a.a.pos[tile.row + tile.n - 1] / BE_PAGE;
-    for (int s = 0; s < LONG_STAGES - 1; s++) {
-        if (from + s <= to)
-            long_fetch(a, table, kv_head, from + s, long_shared + s * LONG_PAGE);
-        asm volatile("cp.async.commit_group;" ::: "memory");
-    }
-    float4 *all = (float4 *)(long_shared + LONG_STAGES * LONG_PAGE) + warp * 16 * 32 + lane;
-    float m[2][2], l[2][2];
-    long_warp w;
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-        w.r[n] = rows_of_warp(a, tile.row, tile.n, kv_head, warp * 2 + n, g);
-        load_q<64>(a, w.r[n], t, w.q[n]);
-        m[n][0] = m[n][1] = w.m[n][0] = w.m[n][1] = -INFINITY;
-        l[n][0] = l[n][1] = w.l[n][0] = w.l[n][1] = 0;
-#pragma unroll
-        for (int d = 0; d < 8; d++) {
-            w.o[n][d][0] = w.o[n][d][1] = w.o[n][d][2] = w.o[n][d][3] = 0;
-            all[(n * 8 + d) * 32] = make_float4(0, 0, 0, 0);
-        }
-    }
-    const int pos_first = a.a.pos[tile.row + min(warp * 32 / 8, tile.n - 1)], pos_last = w.r[1].key_high;
-    for (int p = from, stage = 0; p <= to; p++, stage = stage + 1 == LONG_STAGES ? 0 : stage + 1) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(LONG_STAGES - 2) : "memory");
-        __syncthreads();
-        if (p + LONG_STAGES - 1 <= to)
-            long_fetch(a, table, kv_head, p + LONG_STAGES - 1,
-                       long_shared + (stage + LONG_STAGES - 1) % LONG_STAGES * LONG_PAGE);
-        asm volatile("cp.async.commit_group;" ::: "memory");
-        const int key0 = p * BE_PAGE;
-        const uint8_t *page = long_shared + stage * LONG_PAGE;
-        const bool whole = key0 + BE_PAGE - 1 <= pos_first && (a.window == 0 || pos_last - key0 < a.window);
-        if (!whole || !long_page<false>(a, w, page, key0, g, t))
-            long_page<true>(a, w, page, key0, g, t);
-        if (p % SUPER == SUPER - 1 || p == to)
-            long_super(w, m, l, all);
-    }
-#pragma unroll
-    for (int n = 0; n < 2; n++)
+/* soft_merge with one exponential: the other is of zero. */
+static __device__ __forceinline__ void long_weigh(float &m, float &l, float pm, float pl, float &x, float &y) {
+    const float e = exp2f(-fabsf(m - pm));
+    x = m >= pm ? 1.f : e;
+    y = m >= pm ? e : 1.f;
+    l = fmaf(l, x, pl * y);
+    m = fmaxf(m, pm);
+}
+
+/* The page joins the super-chunk, but for rows that see nothing of it. */
+static __device__ __forceinline__ void long_merge(long_rows &w, const float (&m)[2], const float (&l)[2],
+                                                  const float (&o)[32]) {
+    float x[2], y[2];
+    if (__all_sync(~0u, fminf(m[0], m[1]) != -INFINITY)) {
 #pragma unroll
         for (int h = 0; h < 2; h++)
-            if (w.r[n].row[h] >= 0)
+            long_weigh(w.m[h], w.l[h], m[h], l[h], x[h], y[h]);
 #pragma unroll
-                for (int d = 0; d < 8; d++) {
-                    const float4 v = all[(n * 8 + d) * 32];
-                    put_out(a, w.r[n].row[h], w.r[n].head[h], 8 * d + 2 * t, m[n][h], l[n][h], h ? v.z : v.x,
-                            h ? v.w : v.y);
-                }
+        for (int i = 0; i < 32; i++)
+            w.o[i] = fmaf(w.o[i], x[i / 2 % 2], o[i] * y[i / 2 % 2]);
+        return;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+        if (m[h] != -INFINITY) {
+            long_weigh(w.m[h], w.l[h], m[h], l[h], x[h], y[h]);
+#pragma unroll
+            for (int i = 0; i < 32; i++)
+                if (i / 2 % 2 == h)
+                    w.o[i] = fmaf(w.o[i], x[h], o[i] * y[h]);
+        }
+}
+
+/* The super-chunk joins those before. */
+static __device__ __forceinline__ void long_super(long_rows &w, float4 *all) {
+    float x[2], y[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        x[h] = 1, y[h] = 0;
+        if (w.m[h] != -INFINITY)
+            long_weigh(w.am[h], w.al[h], w.m[h], w.l[h], x[h], y[h]);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float4 v = all[i * 32];
+        if (w.m[0] != -INFINITY) {
+            v.x = fmaf(v.x, x[0], w.o[i * 4] * y[0]);
+            v.y = fmaf(v.y, x[0], w.o[i * 4 + 1] * y[0]);
+        }
+        if (w.m[1] != -INFINITY) {
+            v.z = fmaf(v.z, x[1], w.o[i * 4 + 2] * y[1]);
+            v.w = fmaf(v.w, x[1], w.o[i * 4 + 3] * y[1]);
+        }
+        all[i * 32] = v;
+    }
+    long_clear(w);
+}
+
+/* The next page, in the ring, gives scores: asked for, not waited for. */
+template <class T>
+static __device__ __forceinline__ void long_ask(float (&s)[32], uint32_t query, const long_ring &at) {
+    mbar_wait(at.full(), at.parity);
+    if (sizeof(T) > 1) /* what other threads copied is there for wgmma */
+        long_fence();
+    const uint64_t q = wgmma_desc(query), k = wgmma_desc(at.keys());
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        wgmma64_shared(s, q + 2 * j, k + 2 * j, j > 0);
+    wgmma_commit();
+}
+
+/* Page p, whose scores are there, becomes outputs; its place in the ring is free. */
+template <class T>
+static __device__ __forceinline__ void long_page(const attn_args &a, const long_rows &w, long_ring &at, int p,
+                                                 float (&s)[32], float (&o)[32], float (&m)[2], float (&l)[2],
+                                                 int lane) {
+    uint32_t p16[4][4];
+    long_scale<T>(a, s, at, lane & 3);
+    if (p < w.whole_from || p >= w.whole_to)
+        long_mask(a, w, s, p, lane & 3);
+    long_soft(s, m, l, p16);
+    const uint64_t v = wgmma_desc(at.values());
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        wgmma<64>(o, p16[j], v + 2 * j, j > 0);
+    wgmma_commit();
+    wgmma_wait<0>(o);
+    if (lane == 0)
+        mbar_arrive(at.empty());
+    at.next();
+}
+
+/* A group walks the item's pages; low .. high are those that it sees. The scores of a page are computed while the one
+ * before is merged. */
+template <class T>
+static __device__ __forceinline__ void long_walk(const attn_args &a, long_rows &w, long_ring &at, const long_item &item,
+                                                 int low, int high, uint32_t query, float4 *all, int lane) {
+    float s[32], o[32], m[2], l[2];
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        all[i * 32] = make_float4(0, 0, 0, 0);
+    int p = item.from;
+    for (; p < low; p++)
+        long_skip(at, lane);
+    if (p <= high) {
+        long_ask<T>(s, query, at);
+        wgmma_wait<0>(s);
+#pragma unroll 1
+        for (; p < high; p++) {
+            long_page<T>(a, w, at, p, s, o, m, l, lane);
+            long_ask<T>(s, query, at);
+            long_merge(w, m, l, o);
+            wgmma_wait<0>(s);
+            if (p % SUPER == SUPER - 1)
+                long_super(w, all);
+        }
+        long_page<T>(a, w, at, p++, s, o, m, l, lane);
+        long_merge(w, m, l, o);
+        long_super(w, all);
+    }
+    for (; p <= item.to; p++)
+        long_skip(at, lane);
+}
+
+/* x / l as division rounds it, for results that are normal and l between 2^-100 and 2^100; r: 1 / l. */
+static __device__ __forceinline__ float long_divide(float x, float l, float r) {
+    float q = x * r;
+    q = fmaf(fmaf(-l, q, x), r, q);
+    return fmaf(fmaf(-l, q, x), r, q);
+}
+
+/* put_out for a warp's rows, which leave through its 4 KB of shared memory. */
+static __device__ __forceinline__ void long_store(const attn_args &a, const long_rows &w, const long_item &item,
+                                                  int first, uint8_t *room, int lane) {
+    const int g = lane >> 2, t = lane & 3;
+    float o[32];
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        *(float4 *)(o + i * 4) = ((const float4 *)room)[i * 32 + lane];
+    __syncwarp();
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float f = 1, l = w.al[h];
+        uint32_t y[8], odd = 0;
+        if (a.sinks) {
+            const float z = a.sinks[item.kv_head * 8 + g] * 1.44269504088896f, top = fmaxf(w.am[h], z);
+            f = exp2f(w.am[h] - top);
+            l = fmaf(l, f, exp2f(z - top));
+        }
+        const float r = __frcp_rn(l);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float x0 = o[i * 4 + h * 2] * f, x1 = o[i * 4 + h * 2 + 1] * f;
+            y[i] = f16x2(long_divide(x0, l, r), long_divide(x1, l, r));
+            asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(odd) : "r"(y[i]), "r"(0u));
+        }
+        if (odd & 0x7fff7fff) /* infinities or NaN */
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                y[i] = f16x2(o[i * 4 + h * 2] * f / l, o[i * 4 + h * 2 + 1] * f / l);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            *(uint32_t *)(room + (h * 8 + g) * 128 + ((i ^ g) << 4) + t * 4) = y[i];
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int r = i * 4 + lane / 8, c = lane % 8;
+        if (first + r / 8 < item.tile.n)
+            *(uint4 *)(a.y + (item.tile.row + first + r / 8) * a.ldy + (item.kv_head * 8 + r % 8) * 64 + c * 8) =
+                *(const uint4 *)(room + r * 128 + ((c ^ (r & 7)) << 4));
+    }
+    __syncwarp();
+}
+
+template <class T>
+static __device__ __forceinline__ void long_attend(const attn_args &a, long_ring &at, int n_tile, uint8_t *room,
+                                                   int warp, int lane) {
+    const int group = warp / 4, first = warp * 2;
+    const uint32_t query = at.shared + LONG_QUERY + group * 8192;
+    long_item item;
+#pragma unroll 1
+    for (int k = 0; item.take(a, n_tile, k); k++) {
+        const int from = item.tile.pos + group * 8, to = min(from + 7, item.last); /* the group's positions */
+        long_rows w;
+        asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); /* nothing reads the last item's query */
+        long_query(a, w, item, first, query + warp % 4 * 2048, lane >> 2, lane & 3);
+        asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+        long_walk<T>(a, w, at, item, from <= to ? first_key(a, from) / BE_PAGE : item.to + 1,
+                     from <= to ? to / BE_PAGE : -1, query, (float4 *)room + lane, lane);
+        long_store(a, w, item, first, room, lane);
+    }
+}
+#endif
+
+template <class T> static __global__ __launch_bounds__(LONG_THREADS, 1) void attn_long_kernel(attn_args a) {
+#ifdef HAVE_WGMMA
+    extern __shared__ uint8_t long_shared[];
+    const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const uint32_t raw = (uint32_t)__cvta_generic_to_shared(long_shared), shared = (raw + 1023) & ~1023u;
+    long_ring at = {shared, 0, 0};
+    pdl_launch();
+    if (threadIdx.x < LONG_STAGES) {
+        mbar_init(shared + LONG_BARS + threadIdx.x * 16, LONG_FEED);
+        mbar_init(shared + LONG_BARS + threadIdx.x * 16 + 8, LONG_WARPS);
+    }
+    __syncthreads();
+    const int n_tile = a.a.batch->n_tile;
+    pdl_wait();
+    if (warp < LONG_WARPS) {
+        set_registers_up<112>();
+        long_attend<T>(a, at, n_tile, long_shared + (shared - raw) + LONG_ALL + warp * 4096, warp, lane);
+    } else {
+        set_registers_down<32>();
+        long_feed<T> feed(threadIdx.x - LONG_WARPS * 32);
+        long_item item;
+        at.parity = 1;
+        for (int k = 0; item.take(a, n_tile, k); k++)
+            feed.run(a, item, at);
+    }
+#endif
+}
+
+template <class T> static void launch_long(cuda_run *r, const attn_args &a, int tiles) {
+    if (r->error == cudaSuccess)
+        r->error = cudaFuncSetAttribute(attn_long_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, LONG_SHARED);
+    const int items = tiles * a.n_kv, blocks = r->dev->n_sm;
+    cuda_launch(r, attn_long_kernel<T>, dim3((unsigned)(items < blocks ? items : blocks)), dim3(LONG_THREADS),
+                LONG_SHARED, a);
 }
 
 bool attn_run_long(cuda_run *r, const attn_args &a, int tiles) {
-    if (r->kv->dim != 64 || r->kv->base.spec.type != BE_KV_F16 || a.head_dim != 64 || a.group != 8)
+    if (!cuda_has_wide(r->dev) || r->kv->dim != 64 || r->kv->base.spec.type == BE_KV_F32 || a.head_dim != 64 ||
+        a.group != 8 || a.ldy % 8)
         return false;
-    if (r->error == cudaSuccess)
-        r->error = cudaFuncSetAttribute(attn_long_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, LONG_SHARED);
-    cuda_launch(r, attn_long_kernel, dim3((unsigned)tiles, (unsigned)a.n_kv), dim3(128), LONG_SHARED, a);
+    if (r->kv->base.spec.type == BE_KV_Q8)
+        launch_long<kv_int8>(r, a, tiles);
+    else
+        launch_long<__half>(r, a, tiles);
     return true;
 }

@@ -123,7 +123,7 @@ struct alignas(16) cuda_batch { /* read in four pieces */
     int32_t id_part; /* half of host_id that this step's ids go to */
 };
 
-#define CUDA_TILE_ROWS 16
+#define CUDA_TILE_ROWS 32
 struct cuda_tile { /* rows row .. row + n - 1 of one sequence, the first at position pos */
     int32_t row, n, pos, slot;
 };
