@@ -162,6 +162,7 @@ static const attn_case attention_cases[] = {
     {"attn beyond 4096", 8, 2, 64, 0, true, true, 0, 5120, 2, {{0, 0, 5000, 2}, {1, 0, 0, 5}}, 0, NULL},
     {"attn window beyond 4096", 8, 2, 64, 128, true, true, 0, 5120, 1, {{0, 4873, 5000, 70}}, 0, NULL},
     {"attn window at 131072", 2, 1, 32, 128, true, true, 0, 131072, 1, {{0, 130880, 131008, 64}}, 0, NULL},
+    {"attn past 512", 16, 2, 64, 0, true, true, 0, 640, 2, {{0, 0, 470, 90}, {1, 0, 0, 9}}, 0, NULL},
     {"attn decode only",
      64,
      8,
@@ -201,15 +202,18 @@ static void attention_every_shape_and_cache_type(void **state) {
 static void attention_is_the_same_bits_however_a_prompt_is_cut(void **state) {
     (void)state;
     static const int splits[] = {1, 3, 17, 63, 64, 65, 128};
-    static const int picked[] = {1, 2, 3, 4};
+    static const int picked[] = {1, 2, 3, 4, 10};
     uint64_t seed = 8;
-    for (size_t k = 0; k < ORCD_COUNT(picked); k++) {
-        attn_case c = attention_cases[picked[k]];
+    for (size_t k = 0; k < 2 * ORCD_COUNT(picked); k++) {
+        attn_case c = attention_cases[picked[k / 2]];
+        c.type = k % 2 ? BE_KV_Q8 : BE_KV_F16;
         op_memory m = {.n = 0};
         be_load sinks = op_vector(&m, &seed, Q_F32, (uint64_t)c.n_head, 1, 1);
         c.sink_load = &sinks;
         for (int i = 0; i < n_tested; i++) {
             int64_t n_row, width;
+            if (k % 2 && tested[i].bound[ATTN_Q8] <= 0)
+                continue;
             op_bench b = op_open(tested[i].dev);
             c.split = 0;
             const float *whole = run_attention(&b, &c, &n_row, &width);
