@@ -1,7 +1,9 @@
-/* lab/attention/attention.cu: attention of rows of one position each: `many` against `one`, bit for bit, and the time
- * of each in a recorded graph, behind a small kernel as in a step. From the repository's root:
+/* lab/attention/attention.cu: attention of rows of one position each, `many` against `one`, and of prompts, `long`
+ * against `tile`: bit for bit, and the time of each in a recorded graph, behind a small kernel as in a step. From the
+ * repository's root:
  *
  *     nvcc -std=c++17 -O3 -Isrc -gencode=arch=compute_90a,code=sm_90a lab/attention/attention.cu -o /tmp/attention
+ *     /tmp/attention [prompts | rows]
  */
 #include "backend/cuda/attention.cu"
 #include "backend/cuda/attention_long.cu"
@@ -21,7 +23,7 @@
         }                                                                                                              \
     } while (0)
 
-enum { N_HEAD = 64, N_KV = 8, DIM = 64, MAX_ROWS = 256, WIDTH = (N_HEAD + 2 * N_KV) * DIM };
+enum { N_HEAD = 64, N_KV = 8, DIM = 64, WIDTH = (N_HEAD + 2 * N_KV) * DIM };
 
 static uint32_t state = 1;
 static uint32_t draw() {
@@ -49,6 +51,16 @@ static __global__ void fill_scales(uint8_t *p, int64_t n_head, int head_bytes) {
          i += (int64_t)gridDim.x * blockDim.x)
         ((uint16_t *)(p + i / 128 * head_bytes + 8192))[i % 128] = f16_bits(0.01f + (float)(i * 7 % 13) * 0.001f);
 }
+/* A head of a page: keys and values from `from` on are NaN. */
+static __global__ void poison(uint8_t *head, int64_t head_bytes, bool int8, int from) {
+    uint16_t *p = (uint16_t *)(head + blockIdx.x * head_bytes);
+    for (int i = threadIdx.x; i < (int)head_bytes / 2; i += blockDim.x) {
+        const bool key = i < 4096; /* f16; 8 bits: the scales are enough */
+        const int at = int8 ? i % 64 : key ? i / 64 : i % 64;
+        if (at >= from && (!int8 || i >= 4096))
+            p[i] = 0x7e00;
+    }
+}
 static __global__ void before_kernel(float *x) { /* as rope_write: launches late */
     pdl_wait();
     pdl_launch();
@@ -56,10 +68,13 @@ static __global__ void before_kernel(float *x) { /* as rope_write: launches late
         x[blockIdx.x] += 0;
 }
 
+struct run_of { /* rows of a sequence */
+    int pos, n;
+};
 struct lab {
     cuda_dev dev;
     cuda_kv kv;
-    std::vector<int> pos;
+    int n_row, n_tile; /* n_tile > 0: prompts */
     int n_layer, reach;
     float *qkv;
     uint16_t *y[2];
@@ -81,18 +96,19 @@ static attn_args args_of(lab &b, int layer, bool window, int who) {
     return a;
 }
 
-/* who: 0 one, 1 many, -1 neither */
+/* who: 0 one or tile, 1 many or long, -1 neither */
 static void run(lab &b, cuda_run *r, int layer, bool window, int who) {
     cuda_launch(r, before_kernel, dim3(132), dim3(256), 0, b.qkv);
     if (who < 0)
         return;
     const attn_args a = args_of(b, layer, window, who);
-    if (who == 1 && !attn_run_many(r, a, (int)b.pos.size()))
-        printf("many does not fit\n");
+    const int ones = b.n_tile ? 0 : b.n_row;
+    if (who == 1 && !(b.n_tile ? attn_run_long(r, a, b.n_tile) : attn_run_many(r, a, ones)))
+        printf("it does not fit\n");
     if (who == 0 && b.kv.base.spec.type == BE_KV_Q8)
-        launch_dim<kv_int8>(r, a, (int)b.pos.size(), 0);
+        launch_dim<kv_int8>(r, a, ones, b.n_tile);
     else if (who == 0)
-        launch_dim<__half>(r, a, (int)b.pos.size(), 0);
+        launch_dim<__half>(r, a, ones, b.n_tile);
 }
 
 static double time_of(lab &b, int window, int who) {
@@ -100,7 +116,7 @@ static double time_of(lab &b, int window, int who) {
     cudaGraphExec_t exec;
     cudaEvent_t e[2];
     CHECK(cudaStreamBeginCapture(b.dev.stream, cudaStreamCaptureModeThreadLocal));
-    cuda_run r = {&b.dev, &b.kv, b.dev.stream, {(int)b.pos.size(), 0, b.reach, 0, 0}, true, -1, 0, NULL, cudaSuccess};
+    cuda_run r = {&b.dev, &b.kv, b.dev.stream, {b.n_row, 0, b.reach, 0, 0}, true, -1, 0, NULL, cudaSuccess};
     for (int i = 0; i < 2 * b.n_layer; i++)
         run(b, &r, i % b.n_layer, window, who);
     CHECK(r.error);
@@ -129,33 +145,46 @@ template <class T> static T *upload(const std::vector<T> &v) {
     return p;
 }
 
-static void one_case(const char *name, be_kv_type type, std::vector<int> pos, int n_layer, bool timed) {
+static void one_case(const char *name, be_kv_type type, std::vector<run_of> runs, int n_layer, bool timed) {
     lab b = {};
-    const int n = (int)pos.size();
+    const int n_seq = (int)runs.size();
     int most = 0;
-    b.pos = pos, b.n_layer = n_layer;
-    for (int p : pos)
-        most = std::max(most, p);
+    b.n_layer = n_layer;
+    for (const run_of &q : runs) {
+        most = std::max(most, q.pos + q.n - 1);
+        b.n_row += q.n;
+    }
+    const int n = b.n_row;
     for (b.reach = 1; b.reach * 512 <= most;)
         b.reach *= 2;
     CHECK(cudaStreamCreate(&b.dev.stream));
     CHECK(cudaDeviceGetAttribute(&b.dev.n_sm, cudaDevAttrMultiProcessorCount, 0));
     b.dev.major = 9;
     be_kv_spec &s = b.kv.base.spec;
-    s.type = type, s.head_dim = DIM, s.n_kv_head = N_KV, s.n_slot = n;
+    s.type = type, s.head_dim = DIM, s.n_kv_head = N_KV, s.n_slot = n_seq;
     b.kv.dim = DIM, b.kv.head_bytes = type == BE_KV_Q8 ? kv_head_bytes<kv_int8>(DIM) : kv_head_bytes<__half>(DIM);
     b.kv.base.page_bytes[0] = (uint64_t)n_layer * N_KV * b.kv.head_bytes;
     b.kv.n_entry = most / BE_PAGE + 1;
     int n_page = 0;
-    double bytes[2] = {0, 0};
-    std::vector<int32_t> table((size_t)n * b.kv.n_entry, -1), slot(n), one(n);
-    for (int i = 0; i < n; i++) {
-        slot[i] = n - 1 - i, one[i] = i;
-        for (int p = 0; p <= pos[i] / BE_PAGE; p++)
-            table[(size_t)slot[i] * b.kv.n_entry + p] = n_page++;
-        bytes[0] += (pos[i] + 1.) * N_KV * b.kv.head_bytes / 64;
-        bytes[1] += std::min(pos[i] + 1., 128.) * N_KV * b.kv.head_bytes / 64;
+    double bytes[2] = {0, 0}, flops[2] = {0, 0};
+    std::vector<int32_t> table((size_t)n_seq * b.kv.n_entry, -1), slot, one, pos;
+    std::vector<cuda_tile> tile;
+    for (int i = 0; i < n_seq; i++) {
+        const int at = n_seq - 1 - i, last = runs[i].pos + runs[i].n - 1, first = (int)pos.size();
+        for (int k = 0; k < runs[i].n; k++) {
+            const double keys[2] = {runs[i].pos + k + 1., std::min(runs[i].pos + k + 1., 128.)};
+            one.push_back((int)pos.size()), pos.push_back(runs[i].pos + k), slot.push_back(at);
+            for (int w = 0; w < 2; w++) {
+                bytes[w] += keys[w] * N_KV * b.kv.head_bytes / 64;
+                flops[w] += keys[w] * N_HEAD * DIM * 4;
+            }
+        }
+        for (int k = 0; n > n_seq && k < runs[i].n; k += CUDA_TILE_ROWS)
+            tile.push_back({first + k, std::min(runs[i].n - k, CUDA_TILE_ROWS), runs[i].pos + k, at});
+        for (int p = 0; p <= last / BE_PAGE; p++)
+            table[(size_t)at * b.kv.n_entry + p] = n_page++;
     }
+    std::sort(tile.begin(), tile.end(), [](const cuda_tile &x, const cuda_tile &y) { return x.pos > y.pos; });
     std::vector<int32_t> place(n_page); /* pages lie anywhere */
     for (int i = 0; i < n_page; i++) {
         const int k = (int)(draw() % (uint32_t)(i + 1));
@@ -168,9 +197,17 @@ static void one_case(const char *name, be_kv_type type, std::vector<int> pos, in
     fill_f16<<<1024, 256>>>((uint16_t *)b.kv.pages[0], all / 2, 5);
     if (type == BE_KV_Q8)
         fill_scales<<<1024, 256>>>(b.kv.pages[0], (int64_t)n_page * n_layer * N_KV, b.kv.head_bytes);
+    for (int i = 0; i < n_seq; i++) {
+        const int last = runs[n_seq - 1 - i].pos + runs[n_seq - 1 - i].n - 1;
+        poison<<<n_layer * N_KV, 256>>>(b.kv.pages[0] + table[(size_t)i * b.kv.n_entry + last / BE_PAGE] *
+                                                            (int64_t)b.kv.base.page_bytes[0],
+                                        b.kv.head_bytes, type == BE_KV_Q8, last % BE_PAGE + 1);
+    }
     b.kv.table[0] = upload(table);
     std::vector<cuda_batch> head(1);
-    head[0].n_tok = head[0].n_one = n;
+    head[0].n_tok = head[0].n_one = n, head[0].n_tile = b.n_tile = (int)tile.size();
+    tile.push_back({0, 0, 0, 0});
+    b.dev.arr.tile = upload(tile);
     b.dev.arr.batch = upload(head);
     b.dev.arr.pos = upload(pos), b.dev.arr.slot = upload(slot), b.dev.arr.one = upload(one);
     CHECK(cudaMalloc(&b.qkv, (size_t)n * WIDTH * 4));
@@ -179,7 +216,7 @@ static void one_case(const char *name, be_kv_type type, std::vector<int> pos, in
         CHECK(cudaMalloc(&y, (size_t)n * N_HEAD * DIM * 2));
         CHECK(cudaMemset(y, 0xff, (size_t)n * N_HEAD * DIM * 2));
     }
-    const size_t slots = std::max((size_t)CUDA_MAX_PARTIAL * 2, (size_t)n * N_KV * b.reach);
+    const size_t slots = std::max((size_t)CUDA_MAX_PARTIAL * 2, (size_t)n_seq * N_KV * b.reach);
     CHECK(cudaMalloc(&b.dev.scratch.partial, slots * 16 * 66 * 4));
     CHECK(cudaMalloc(&b.dev.scratch.arrived, CUDA_MAX_PARTIAL * 4));
     CHECK(cudaMemset(b.dev.scratch.arrived, 0, CUDA_MAX_PARTIAL * 4));
@@ -203,47 +240,66 @@ static void one_case(const char *name, be_kv_type type, std::vector<int> pos, in
             printf(" %zu", wrong);
         if (timed) {
             const double base = time_of(b, window, -1), was = time_of(b, window, 0), is = time_of(b, window, 1);
-            printf(": one %6.1f many %6.1f us %5.2f TB/s (before %.1f)", was - base, is - base,
-                   bytes[window] / (is - base) / 1e6, base);
+            if (b.n_tile)
+                printf(": tile %6.1f long %6.1f us %3.0f TFLOP/s", was - base, is - base,
+                       flops[window] / (is - base) / 1e6);
+            else
+                printf(": one %6.1f many %6.1f us %5.2f TB/s (before %.1f)", was - base, is - base,
+                       bytes[window] / (is - base) / 1e6, base);
         }
     }
     printf("\n");
-    void *mine[] = {b.kv.pages[0],        b.kv.table[0], b.dev.arr.batch, b.dev.arr.pos, b.dev.arr.slot,
-                    b.dev.arr.one,        b.qkv,         b.y[0],          b.y[1],        b.dev.scratch.partial,
-                    b.dev.scratch.arrived};
+    void *mine[] = {b.kv.pages[0],  b.kv.table[0], b.dev.arr.batch,       b.dev.arr.pos,
+                    b.dev.arr.slot, b.dev.arr.one, b.dev.arr.tile,        b.qkv,
+                    b.y[0],         b.y[1],        b.dev.scratch.partial, b.dev.scratch.arrived};
     for (void *p : mine)
         cudaFree(p);
     cudaStreamDestroy(b.dev.stream);
 }
 
-static std::vector<int> spread(int n, int from, int to) {
-    std::vector<int> v(n);
-    for (int &p : v)
-        p = from + (int)(draw() % (uint32_t)(to - from + 1));
+static std::vector<run_of> spread(int n, int from, int to) {
+    std::vector<run_of> v(n);
+    for (run_of &q : v)
+        q = {from + (int)(draw() % (uint32_t)(to - from + 1)), 1};
     return v;
 }
 
-int main(int argc, char **) {
+static void prompts(be_kv_type type) {
+    one_case("prompts, edges", type, {{0, 17}, {61, 24}, {1000, 33}, {127, 2}, {4000, 9}, {511, 2}}, 1, false);
+    one_case("prompt of 1500", type, {{0, 1500}}, 1, false);
+    one_case("300 rows at 700", type, {{700, 300}}, 1, false);
+    one_case("prompt of 512", type, {{0, 512}}, 4, true);
+    one_case("prompt of 2048", type, {{0, 2048}}, 4, true);
+    one_case("2048 rows at 6144", type, {{6144, 2048}}, 4, true);
+    one_case("prompts, mixed", type, {{0, 600}, {3000, 100}, {100, 37}, {9000, 300}, {0, 1000}}, 4, true);
+}
+
+static void single_rows(be_kv_type type) {
+    one_case("3 rows, edges", type, {{0, 1}, {63, 1}, {64, 1}}, 1, false);
+    one_case("20 rows of 1..1200", type, spread(20, 0, 1200), 1, false);
+    one_case("5 rows of 20000..40000", type, spread(5, 20000, 40000), 1, false);
+    one_case("130 rows of 1..3000", type, spread(130, 0, 3000), 1, false);
+    one_case("256 rows of 8200..9200", type, spread(256, 8200, 9200), 1, false); /* not split */
+    one_case("8 rows of 550", type, spread(8, 520, 580), 12, true);
+    one_case("16 rows of 550", type, spread(16, 520, 580), 12, true);
+    one_case("32 rows of 550", type, spread(32, 520, 580), 12, true);
+    one_case("64 rows of 550", type, spread(64, 520, 580), 12, true);
+    one_case("128 rows of 550", type, spread(128, 520, 580), 12, true);
+    one_case("256 rows of 550", type, spread(256, 520, 580), 8, true);
+    one_case("256 rows of 1000..2000", type, spread(256, 1000, 2000), 4, true);
+    one_case("64 rows of 4096", type, spread(64, 4096, 4160), 4, true);
+    one_case("64 rows of 8100", type, spread(64, 8050, 8150), 3, true);
+    one_case("64 rows of 100..8000", type, spread(64, 100, 8000), 3, true);
+}
+
+int main(int argc, char **argv) {
+    const char *only = argc > 1 ? argv[1] : "";
     for (int t = 0; t < 2; t++) {
         const be_kv_type type = t ? BE_KV_Q8 : BE_KV_F16;
-        if (argc > 1)
-            goto timed;
-        one_case("3 rows, edges", type, {0, 63, 64}, 1, false);
-        one_case("20 rows of 1..1200", type, spread(20, 0, 1200), 1, false);
-        one_case("5 rows of 20000..40000", type, spread(5, 20000, 40000), 1, false);
-        one_case("130 rows of 1..3000", type, spread(130, 0, 3000), 1, false);
-        one_case("256 rows of 8200..9200", type, spread(256, 8200, 9200), 1, false); /* not split */
-    timed:
-        one_case("8 rows of 550", type, spread(8, 520, 580), 12, true);
-        one_case("16 rows of 550", type, spread(16, 520, 580), 12, true);
-        one_case("32 rows of 550", type, spread(32, 520, 580), 12, true);
-        one_case("64 rows of 550", type, spread(64, 520, 580), 12, true);
-        one_case("128 rows of 550", type, spread(128, 520, 580), 12, true);
-        one_case("256 rows of 550", type, spread(256, 520, 580), 8, true);
-        one_case("256 rows of 1000..2000", type, spread(256, 1000, 2000), 4, true);
-        one_case("64 rows of 4096", type, spread(64, 4096, 4160), 4, true);
-        one_case("64 rows of 8100", type, spread(64, 8050, 8150), 3, true);
-        one_case("64 rows of 100..8000", type, spread(64, 100, 8000), 3, true);
+        if (strcmp(only, "prompts") != 0)
+            single_rows(type);
+        if (strcmp(only, "rows") != 0)
+            prompts(type);
     }
     return 0;
 }
