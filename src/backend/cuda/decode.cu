@@ -235,29 +235,28 @@ template <class F, int R> static void run_dec(const decode_run *s, const decode_
 
 /* ---- 3 to FEW_MAX rows ---- */
 
-/* How many CTAs share the rows' norms and routes: as many as there are rows, if that leaves the experts' kernel, which
- * has a CTA a multiprocessor, nearly all of them. */
+/* How many CTAs of a kernel share R rows' norms: as many as there are rows, unless that leaves more multiprocessors
+ * than `idle` without a CTA of it. */
 struct few_shape {
     int cluster, grid;
 };
 
-template <int EPL, int R> static few_shape few_shape_of(const decode_run *s, size_t shared) {
+template <int R, class... Param>
+static few_shape few_shape_of(const decode_run *s, void (*kernel)(Param...), int threads, size_t shared, int idle) {
     cudaLaunchAttribute a;
     cudaLaunchConfig_t config = {};
     a.id = cudaLaunchAttributeClusterDimension;
-    config.blockDim = dim3(DEC_EXPERT_THREADS);
+    config.blockDim = dim3((unsigned)threads);
     config.dynamicSmemBytes = shared;
     config.attrs = &a, config.numAttrs = 1;
     if (s->r->error == cudaSuccess)
-        s->r->error =
-            cudaFuncSetAttribute(few_experts_kernel<EPL, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+        s->r->error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     for (int c = s->r->dev->major >= 9 ? R : 1; c > 1; c /= 2) {
         int n = 0;
         a.val.clusterDim = {(unsigned)c, 1, 1};
         config.gridDim = dim3((unsigned)(s->n_sm / c * c));
-        if (cudaOccupancyMaxActiveClusters(&n, few_experts_kernel<EPL, R>, &config) == cudaSuccess &&
-            n * c >= s->n_sm * 15 / 16)
-            return {c, n * c};
+        if (cudaOccupancyMaxActiveClusters(&n, kernel, &config) == cudaSuccess && s->n_sm - n * c <= idle)
+            return {c, n * c < s->n_sm ? n * c : s->n_sm / c * c};
     }
     return {1, s->n_sm};
 }
@@ -270,7 +269,7 @@ static void few_qkv(const decode_run *s, few_shape shape, const cuda_cmd *c, con
     const few_norm_in in = {&r->dev->arr.batch->n_tok, NULL,          x,        add, s->d->few.weight, s->d->xa,
                             c[L_NORM].w->dense,        c[L_NORM].eps, s->n_embd};
     launch_clusters(r, few_qkv_kernel<F, 3, R>, shape.grid, shape.cluster, ROW_THREADS,
-                    few_linear_smem<F, R>(w.n_unit / 3, s->n_embd), in, w,
+                    few_linear_smem<F, R, few_qkv_plan<F, R>>(w.n_unit / 3, s->n_embd), in, w,
                     dec_rope{r->dev->scratch.rope, r->dev->arr.pos}, kv_of(r, t), t->n_head, t->n_kv_head,
                     c != s->first, (__half *)s->d->q, shape.cluster);
 }
@@ -304,17 +303,22 @@ template <class F, int R> static void few_head(const decode_run *s, few_shape sh
         &r->dev->arr.batch->n_out, r->dev->arr.out_row, s->d->xb, s->d->few.down, s->d->few.weight, NULL,
         p->norm->w->dense,         p->norm->eps,        s->n_embd};
     launch_clusters(r, few_head_kernel<F, 3, R>, shape.grid, shape.cluster, ROW_THREADS,
-                    few_linear_smem<F, R>(w.n_unit / 3, s->n_embd), in, w, (int)p->head->w->base.n_row, p->head->y->f32,
-                    shape.cluster);
+                    few_linear_smem<F, R, few_head_plan<F, R>>(w.n_unit / 3, s->n_embd), in, w,
+                    (int)p->head->w->base.n_row, p->head->y->f32, shape.cluster);
 }
 
 template <class F, int EPL, int R> static void run_few(const decode_run *s, const decode_plan *p) {
     cuda_decode *d = s->d;
     const float *x = p->embed->y->f32;
-    const few_shape shape = few_shape_of<EPL, R>(s, few_experts_smem<EPL, R>(s->n_embd));
+    /* a CTA more or less has three tiles of qkv at most; the bytes of the others count */
+    const few_shape qkv =
+        few_shape_of<R>(s, few_qkv_kernel<F, 3, R>, ROW_THREADS,
+                        few_linear_smem<F, R, few_qkv_plan<F, R>>(s->n_embd / 192, s->n_embd), s->n_sm / 8);
+    const few_shape shape = few_shape_of<R>(s, few_experts_kernel<EPL, R>, DEC_EXPERT_THREADS,
+                                            few_experts_smem<EPL, R>(s->n_embd), s->n_sm / 16);
     for (int l = 0; l < p->n_layer; l++) {
         const cuda_cmd *c = p->layer + l * L_COUNT;
-        few_qkv<F, R>(s, shape, c, l ? d->xb : x, l ? d->few.down : NULL);
+        few_qkv<F, R>(s, qkv, c, l ? d->xb : x, l ? d->few.down : NULL);
         run_attention<R>(s, c, d->q, d->few.y);
         few_out_route<F, EPL, R>(s, c, l ? d->xa : x);
         run_few_experts<EPL, R>(s, shape, c);

@@ -106,25 +106,29 @@ __device__ __forceinline__ void few_norm_rows(const few_norm_in &in, const few_c
     cl.wait(bar);
 }
 
-/* Units per ring stage and stages. */
-template <class F, int R> struct few_plan {
-    static constexpr int UNITS = R == 8 ? 1 : 3, STAGES = R == 8 ? 4 : 2, OUT_UNITS = 2, OUT_STAGES = 3;
+/* Units per ring stage, stages, tiles that are added up at once. The head has a multiprocessor for itself. */
+template <class F, int R> struct few_qkv_plan {
+    static constexpr int UNITS = R == 8 ? 1 : 3, STAGES = R == 8 ? 4 : 2, GROUP = 1;
 };
-template <int R> struct few_plan<form_f16<1>, R> {
-    static constexpr int UNITS = 1, STAGES = R == 8 ? 2 : 3, OUT_UNITS = 1, OUT_STAGES = 3;
+template <int R> struct few_qkv_plan<form_f16<1>, R> {
+    static constexpr int UNITS = 1, STAGES = R == 8 ? 2 : 3, GROUP = 1;
 };
+template <class F, int R> struct few_head_plan { static constexpr int UNITS = 1, STAGES = 8, GROUP = 16 / R; };
+template <int R> struct few_head_plan<form_f16<1>, R> { static constexpr int UNITS = 1, STAGES = 4, GROUP = 16 / R; };
+template <class F> struct few_out_plan { static constexpr int UNITS = 2, STAGES = 3; };
+template <> struct few_out_plan<form_f16<1>> { static constexpr int UNITS = 1, STAGES = 3; };
 
-template <class F, int SEG, int R, class Epi>
+template <class F, int SEG, int R, class plan, class Epi>
 __device__ __forceinline__ void few_norm_linear(const few_norm_in &in, const dec_matrix &w, int cluster, bool early,
                                                 Epi &epi) {
-    using plan = few_plan<F, R>;
+    constexpr int G = plan::GROUP;
     __shared__ uint64_t bar;
     const int warp = threadIdx.x / 32, col = threadIdx.x % 32 / 4, n_seg = w.n_unit / SEG;
     const bool active = warp < n_seg;
     dec_carve c = {dec_shared};
     dec_feed<F, SEG, plan::UNITS, plan::STAGES> feed;
     uint8_t *ring = c.take(n_seg * feed.WARP_BYTES);
-    float *red = (float *)c.take(dec_sums_bytes<1, R>);
+    float *red = (float *)c.take(dec_sums_bytes<G, R>);
     float *ws = (float *)c.take(R * 64);
     __half *xs = (__half *)c.take(R * dec_ld(in.n_embd) * 2);
     const int first = dec_share(w.n_tile, blockIdx.x), n = dec_share(w.n_tile, blockIdx.x + 1) - first;
@@ -151,7 +155,7 @@ __device__ __forceinline__ void few_norm_linear(const few_norm_in &in, const dec
     few_norm_rows<R>(in, cl, n_row, gain, xs, ws, &bar);
     dec_x8<SEG> x;
     x.take(active && col < R ? xs + col * dec_ld(in.n_embd) + warp * SEG * 64 : NULL);
-    dec_tiles<1, R>(feed, tile, x, red, n, active,
+    dec_tiles<G, R>(feed, tile, x, red, n, active,
                     [&](const float *sums, int i0, int m) { epi(sums, first + i0, i0, m, n_seg, n_row); });
 }
 
@@ -169,7 +173,7 @@ __global__ void __launch_bounds__(ROW_THREADS, 2)
     __shared__ float2 cs[R * 32];
     __shared__ int64_t at[R * 2];
     few_qkv_epilogue<R> epi = {{w, rope, kv, in.n, n_head, n_kv, q, bias, cs, at, early}};
-    few_norm_linear<F, SEG, R>(in, w, cluster, early, epi);
+    few_norm_linear<F, SEG, R, few_qkv_plan<F, R>>(in, w, cluster, early, epi);
 }
 
 /* logits[out][n_vocab] */
@@ -180,11 +184,12 @@ template <int R> struct few_head_epilogue {
 
     __device__ __forceinline__ void before_wait(int, int) { pdl_launch(); }
     __device__ __forceinline__ void after_wait() {}
-    __device__ __forceinline__ void operator()(const float *sums, int tile, int, int, int n_seg, int n_out) {
-        const int j = threadIdx.x / 16, r = threadIdx.x % 16, row = tile * 16 + r;
-        if (j >= min(R, n_out) || row >= n_vocab)
+    __device__ __forceinline__ void operator()(const float *sums, int tile0, int, int m, int n_seg, int n_out) {
+        const int i = threadIdx.x / (16 * R), j = threadIdx.x / 16 % R, r = threadIdx.x % 16,
+                  row = (tile0 + i) * 16 + r;
+        if (i >= m || j >= n_out || row >= n_vocab)
             return;
-        float v = dec_sum<R>(sums, 0, j, r, n_seg) * w.post;
+        float v = dec_sum<R>(sums, i, j, r, n_seg) * w.post;
         if (w.bias)
             v += w.bias[row];
         logits[(int64_t)j * n_vocab + row] = v;
@@ -192,10 +197,10 @@ template <int R> struct few_head_epilogue {
 };
 
 template <class F, int SEG, int R>
-__global__ void __launch_bounds__(ROW_THREADS, 2)
+__global__ void __launch_bounds__(ROW_THREADS, 1)
     few_head_kernel(few_norm_in in /* n: outputs */, dec_matrix w, int n_vocab, float *logits, int cluster) {
     few_head_epilogue<R> epi = {w, n_vocab, logits};
-    few_norm_linear<F, SEG, R>(in, w, cluster, true, epi);
+    few_norm_linear<F, SEG, R, few_head_plan<F, R>>(in, w, cluster, true, epi);
 }
 
 /* ---- out: x_out = x + W y + b, and each tile's share of the router's sums ---- */
@@ -243,12 +248,12 @@ template <int EPL> struct few_settled {
 
 template <class F, int SEG, int EPL, int R>
 __global__ void __launch_bounds__(ROW_THREADS, 2) few_out_kernel(few_out a, dec_matrix w) {
-    using plan = few_plan<F, R>;
+    using plan = few_out_plan<F>;
     constexpr int G = 2;
     const int tid = threadIdx.x, warp = tid / 32, col = tid % 32 / 4, n_seg = w.n_unit / SEG;
     const bool active = warp < n_seg;
     dec_carve c = {dec_shared};
-    dec_feed<F, SEG, plan::OUT_UNITS, plan::OUT_STAGES> feed;
+    dec_feed<F, SEG, plan::UNITS, plan::STAGES> feed;
     uint8_t *ring = c.take(n_seg * feed.WARP_BYTES);
     float *red = (float *)c.take(dec_sums_bytes<G, R>);
     float *xt = (float *)c.take(2 * G * R * 16 * 4);
@@ -298,14 +303,13 @@ __global__ void __launch_bounds__(ROW_THREADS, 2) few_out_kernel(few_out a, dec_
 
 /* ---- shared memory, bytes ---- */
 
-template <class F, int R> constexpr size_t few_linear_smem(int n_seg, int n_embd) {
-    using plan = few_plan<F, R>;
-    return (size_t)n_seg * plan::UNITS * plan::STAGES * F::CHUNK + dec_sums_bytes<1, R> + R * 64 +
+template <class F, int R, class plan> constexpr size_t few_linear_smem(int n_seg, int n_embd) {
+    return (size_t)n_seg * plan::UNITS * plan::STAGES * F::CHUNK + dec_sums_bytes<plan::GROUP, R> + R * 64 +
            R * dec_ld(n_embd) * 2;
 }
 template <class F, int EPL, int R> constexpr size_t few_out_smem(int n_seg) {
-    using plan = few_plan<F, R>;
-    return (size_t)n_seg * plan::OUT_UNITS * plan::OUT_STAGES * F::CHUNK + dec_sums_bytes<2, R> + 4 * R * 64 +
+    using plan = few_out_plan<F>;
+    return (size_t)n_seg * plan::UNITS * plan::STAGES * F::CHUNK + dec_sums_bytes<2, R> + 4 * R * 64 +
            2 * sizeof(few_settled<EPL>);
 }
 
