@@ -3,7 +3,7 @@
  *
  * One or two rows: norm + qkv + rope + KV write, attention, out + router sums, experts.
  * A residual row is finished by whoever reads it next: the experts leave partial rows, which the next norm adds. With
- * more rows than two the CTAs of a cluster share that work. */
+ * more rows than two one CTA does it for all, or those of a cluster for each other. */
 #include "backend/cuda/decode_attention.cuh"
 #include "backend/cuda/few_experts.cuh"
 
@@ -13,11 +13,13 @@ struct cuda_decode {
     float *route_part; /* [FEW_MAX][n_embd / 16][n_expert] */
     uint16_t *q, *h;   /* f16: rotated query heads [FEW_MAX][heads]; the experts' hidden rows [FEW_MAX][4][n_ff] */
     float *fresh;      /* [FEW_MAX] rows' keys and values, where the cache has 8 bits */
-    uint32_t *met;     /* CTAs of the experts of one or two, up to four, up to eight rows, see dec_meet */
+    uint32_t *met;     /* CTAs of the experts, see dec_meet */
     struct {
         float *down, *weight; /* [FEW_MAX][4][n_embd], [FEW_MAX][4] */
-        uint16_t *y;          /* f16: [FEW_MAX][heads] */
-    } few;                    /* 3 to FEW_MAX rows */
+        uint16_t *norm, *y;   /* f16: [FEW_MAX][n_embd], [FEW_MAX][heads] */
+        int32_t *id;          /* [FEW_MAX][4] */
+        few_counts *counts;
+    } few; /* 3 to FEW_MAX rows */
     int64_t n_embd, n_ff, n_expert, n_q;
 };
 
@@ -235,18 +237,17 @@ template <class F, int R> static void run_dec(const decode_run *s, const decode_
 
 /* ---- 3 to FEW_MAX rows ---- */
 
-/* How many CTAs of a kernel share R rows' norms: as many as there are rows, unless that leaves more multiprocessors
- * than `idle` without a CTA of it. */
+/* Of a kernel whose clusters norm R rows: a CTA a row, unless that leaves too many multiprocessors idle. */
 struct few_shape {
     int cluster, grid;
 };
 
 template <int R, class... Param>
-static few_shape few_shape_of(const decode_run *s, void (*kernel)(Param...), int threads, size_t shared, int idle) {
+static few_shape few_shape_of(const decode_run *s, void (*kernel)(Param...), size_t shared) {
     cudaLaunchAttribute a;
     cudaLaunchConfig_t config = {};
     a.id = cudaLaunchAttributeClusterDimension;
-    config.blockDim = dim3((unsigned)threads);
+    config.blockDim = dim3(ROW_THREADS);
     config.dynamicSmemBytes = shared;
     config.attrs = &a, config.numAttrs = 1;
     if (s->r->error == cudaSuccess)
@@ -255,7 +256,7 @@ static few_shape few_shape_of(const decode_run *s, void (*kernel)(Param...), int
         int n = 0;
         a.val.clusterDim = {(unsigned)c, 1, 1};
         config.gridDim = dim3((unsigned)(s->n_sm / c * c));
-        if (cudaOccupancyMaxActiveClusters(&n, kernel, &config) == cudaSuccess && s->n_sm - n * c <= idle)
+        if (cudaOccupancyMaxActiveClusters(&n, kernel, &config) == cudaSuccess && n * c >= s->n_sm * 7 / 8)
             return {c, n * c < s->n_sm ? n * c : s->n_sm / c * c};
     }
     return {1, s->n_sm};
@@ -266,8 +267,16 @@ static void few_qkv(const decode_run *s, few_shape shape, const cuda_cmd *c, con
     cuda_run *r = s->r;
     const be_attn *t = &c[L_ATTN].attn;
     const dec_matrix w = matrix_of(c[L_QKV].w);
-    const few_norm_in in = {&r->dev->arr.batch->n_tok, NULL,          x,        add, s->d->few.weight, s->d->xa,
-                            c[L_NORM].w->dense,        c[L_NORM].eps, s->n_embd};
+    const few_norm_in in = {&r->dev->arr.batch->n_tok,
+                            NULL,
+                            x,
+                            add,
+                            s->d->few.weight,
+                            s->d->xa,
+                            c[L_NORM].w->dense,
+                            c[L_NORM].eps,
+                            s->n_embd,
+                            s->d->few.counts};
     launch_clusters(r, few_qkv_kernel<F, 3, R>, shape.grid, shape.cluster, ROW_THREADS,
                     few_linear_smem<F, R, few_qkv_plan<F, R>>(w.n_unit / 3, s->n_embd), in, w,
                     dec_rope{r->dev->scratch.rope, r->dev->arr.pos}, kv_of(r, t), t->n_head, t->n_kv_head,
@@ -280,7 +289,7 @@ template <class F, int EPL, int R> static void few_out_route(const decode_run *s
     launch(s->r, few_out_kernel<F, 4, EPL, R>, s->n_sm, ROW_THREADS, few_out_smem<F, EPL, R>(w.n_unit / 4), a, w);
 }
 
-template <int EPL, int R> static void run_few_experts(const decode_run *s, few_shape shape, const cuda_cmd *c) {
+template <int EPL, int R> static void run_few_experts(const decode_run *s, const cuda_cmd *c) {
     const cuda_cmd *e = &c[L_EXPERTS];
     const dec_route route = {s->d->xb,  s->d->route_part, c[L_MOE].w2->bias, (s->n_embd + 15) / 16,
                              s->n_embd, c[L_MOE].eps};
@@ -291,44 +300,43 @@ template <int EPL, int R> static void run_few_experts(const decode_run *s, few_s
                            matrix_of(e->w2),
                            s->d->few.down,
                            s->d->few.weight,
-                           s->d->met + (R == 8 ? 4 : 2)};
-    launch_clusters(s->r, few_experts_kernel<EPL, R>, shape.grid, shape.cluster, DEC_EXPERT_THREADS,
-                    few_experts_smem<EPL, R>(s->n_embd), a, shape.cluster);
+                           s->d->few.id,
+                           s->d->few.norm,
+                           s->d->few.counts,
+                           s->d->met};
+    launch(s->r, few_experts_kernel<EPL, R>, s->n_sm, DEC_EXPERT_THREADS, few_experts_smem<EPL, R>, a);
 }
 
-template <class F, int R> static void few_head(const decode_run *s, few_shape shape, const decode_plan *p) {
+template <class F, int R> static void few_head(const decode_run *s, const decode_plan *p) {
     cuda_run *r = s->r;
     const dec_matrix w = matrix_of(p->head->w);
     const few_norm_in in = {
-        &r->dev->arr.batch->n_out, r->dev->arr.out_row, s->d->xb, s->d->few.down, s->d->few.weight, NULL,
-        p->norm->w->dense,         p->norm->eps,        s->n_embd};
-    launch_clusters(r, few_head_kernel<F, 3, R>, shape.grid, shape.cluster, ROW_THREADS,
-                    few_linear_smem<F, R, few_head_plan<F, R>>(w.n_unit / 3, s->n_embd), in, w,
+        &r->dev->arr.batch->n_out, r->dev->arr.out_row, s->d->xb,  s->d->few.down,  s->d->few.weight, NULL,
+        p->norm->w->dense,         p->norm->eps,        s->n_embd, s->d->few.counts};
+    const size_t shared = few_linear_smem<F, R, few_head_plan<F, R>>(w.n_unit / 3, s->n_embd);
+    const few_shape shape = few_shape_of<R>(s, few_head_kernel<F, 3, R>, shared);
+    launch_clusters(r, few_head_kernel<F, 3, R>, shape.grid, shape.cluster, ROW_THREADS, shared, in, w,
                     (int)p->head->w->base.n_row, p->head->y->f32, shape.cluster);
 }
 
 template <class F, int EPL, int R> static void run_few(const decode_run *s, const decode_plan *p) {
     cuda_decode *d = s->d;
     const float *x = p->embed->y->f32;
-    /* a CTA more or less has three tiles of qkv at most; the bytes of the others count */
-    const few_shape qkv =
-        few_shape_of<R>(s, few_qkv_kernel<F, 3, R>, ROW_THREADS,
-                        few_linear_smem<F, R, few_qkv_plan<F, R>>(s->n_embd / 192, s->n_embd), s->n_sm / 8);
-    const few_shape shape = few_shape_of<R>(s, few_experts_kernel<EPL, R>, DEC_EXPERT_THREADS,
-                                            few_experts_smem<EPL, R>(s->n_embd), s->n_sm / 16);
+    const few_shape shape = few_shape_of<R>(s, few_qkv_kernel<F, 3, R>,
+                                            few_linear_smem<F, R, few_qkv_plan<F, R>>(s->n_embd / 192, s->n_embd));
     for (int l = 0; l < p->n_layer; l++) {
         const cuda_cmd *c = p->layer + l * L_COUNT;
-        few_qkv<F, R>(s, qkv, c, l ? d->xb : x, l ? d->few.down : NULL);
+        few_qkv<F, R>(s, shape, c, l ? d->xb : x, l ? d->few.down : NULL);
         run_attention<R>(s, c, d->q, d->few.y);
         few_out_route<F, EPL, R>(s, c, l ? d->xa : x);
-        run_few_experts<EPL, R>(s, shape, c);
+        run_few_experts<EPL, R>(s, c);
     }
     if (s->r->shape.outs == 0)
         return;
     if (p->head->w->matrix[0].form == CUDA_FORM_Q8_0)
-        few_head<form_q8_0, R>(s, shape, p);
+        few_head<form_q8_0, R>(s, p);
     else
-        few_head<form_f16<1>, R>(s, shape, p);
+        few_head<form_f16<1>, R>(s, p);
 }
 
 template <class F, int R> static void run_few_of(const decode_run *s, const decode_plan *p) {
@@ -372,8 +380,8 @@ bool cuda_decode_run(cuda_run *r, const cuda_cmd *cmd, int n_cmd) {
 /* ---- scratch ---- */
 
 static void free_rows(cuda_dev *dev, cuda_decode *d) {
-    void *all[] = {d->xa,    d->xb,  d->p,        d->route_part, d->q,    d->h,
-                   d->fresh, d->met, d->few.down, d->few.weight, d->few.y};
+    void *all[] = {d->xa,  d->xb,       d->p,          d->route_part, d->q,     d->h,      d->fresh,
+                   d->met, d->few.down, d->few.weight, d->few.norm,   d->few.y, d->few.id, d->few.counts};
     for (void *p : all)
         cuda_free(dev, p);
     *d = {};
@@ -389,7 +397,10 @@ static orcd_status reserve_few(cuda_dev *dev, cuda_decode *d, size_t embd, orcd_
     const size_t pairs = FEW_MAX * DEC_TOP_K;
     ORCD_TRY(few_alloc(dev, &d->few.down, pairs * embd, err));
     ORCD_TRY(few_alloc(dev, &d->few.weight, pairs * sizeof(float), err));
-    return few_alloc(dev, &d->few.y, FEW_MAX * DEC_MAX_Q * 2, err);
+    ORCD_TRY(few_alloc(dev, &d->few.norm, FEW_MAX * embd / 2, err));
+    ORCD_TRY(few_alloc(dev, &d->few.y, FEW_MAX * DEC_MAX_Q * 2, err));
+    ORCD_TRY(few_alloc(dev, &d->few.id, pairs * sizeof(int32_t), err));
+    return few_alloc(dev, &d->few.counts, sizeof *d->few.counts, err);
 }
 
 /* Room for the widest model loaded; nothing to do when it is there already. */
@@ -410,7 +421,7 @@ orcd_status cuda_decode_reserve(cuda_dev *dev, orcd_error *err) {
     ORCD_TRY(few_alloc(dev, &d->route_part, FEW_MAX * (embd / 16) * experts, err));
     ORCD_TRY(few_alloc(dev, &d->q, FEW_MAX * DEC_MAX_Q * 2, err));
     ORCD_TRY(few_alloc(dev, &d->h, FEW_MAX * DEC_TOP_K * (size_t)round_up(dev->want_ff, 64) * 2, err));
-    ORCD_TRY(few_alloc(dev, &d->met, 6 * sizeof(uint32_t), err));
+    ORCD_TRY(few_alloc(dev, &d->met, 2 * sizeof(uint32_t), err));
     ORCD_TRY(reserve_few(dev, d, embd, err));
     d->n_embd = dev->want_embd, d->n_ff = dev->want_ff, d->n_expert = dev->want_expert;
     return ORCD_OK;

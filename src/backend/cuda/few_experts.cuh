@@ -59,20 +59,23 @@ struct few_list {
 };
 
 template <int R> struct few_expert_plan { /* pieces of a third of a tile */
-    static constexpr int GROUP = R == 8 ? 2 : 4;
+    static constexpr int GROUP = R == 8 ? 3 : 4;
     static constexpr int BIAS = 96; /* tiles of a CTA whose biases are kept in shared memory; more are read late */
     using pipe = dec_pipe<form_mxfp4, 3, 15, 3, 12>;
 };
 
 /* What a layer's experts do. */
 struct few_experts {
-    const int32_t *n;
+    const int32_t *n; /* rows */
     dec_route route;
     const float *gain;
     dec_glu up;
     dec_matrix down;
     float *d, *weight; /* [FEW_MAX][slot][n_embd]: the experts' results; [FEW_MAX][slot] */
-    uint32_t *met;     /* see dec_meet */
+    int32_t *id;       /* [FEW_MAX][slot] */
+    uint16_t *y;       /* [FEW_MAX][n_embd] f16: the rows normed */
+    few_counts *counts;
+    uint32_t *met; /* see dec_meet */
 };
 
 /* The tiles that a CTA reads, part by part. */
@@ -100,58 +103,42 @@ struct few_tiles {
     }
 };
 
-/* Where the rows of a cluster meet, in shared memory. */
-struct few_swap {
-    uint64_t *routed, *normed; /* barriers */
-    int *id;                   /* [FEW_MAX][DEC_TOP_K] */
-    __half *rows;              /* [R][dec_ld(n_embd)] */
-};
-
-/* Routes and norms R rows, each by one CTA of the cluster. By DEC_THREADS; others call few_route_pass. */
-template <int EPL, int R>
-__device__ __forceinline__ void few_route_rows(const few_experts &a, const few_cluster &cl, int n_row, bool chooses,
-                                               const float4 (&gain)[2], dec_choice<EPL, 1> &to, float *shared,
-                                               const few_swap &swap) {
+/* Row j's experts and norm, by DEC_THREADS of which the last warp chooses; all others call few_route_pass. */
+template <int EPL> __device__ __forceinline__ void few_route_row(const few_experts &a, int j, float *shared) {
     const int n_embd = a.route.n_embd, lane = threadIdx.x % 32;
-    for (int j = cl.rank; j < R; j += cl.size) {
-        if (j < n_row) {
-            dec_route route = a.route;
-            route.x += (int64_t)j * n_embd;
-            route.part += (int64_t)j * route.n_part * EPL * 32;
-            to.gather(route, shared);
-        }
-        if (chooses) {
-            to.id = -1;
-            if (j < n_row)
-                to.choose();
-            const int other = __shfl_down_sync(~0u, to.id, 1);
-            if (lane == 0 || lane == 2)
-                cl.put(swap.id + j * DEC_TOP_K + lane, make_uint2(to.id, other), swap.routed);
-        }
+    const bool chooses = threadIdx.x / 32 == DEC_WARPS - 1;
+    dec_route route = a.route;
+    route.x += (int64_t)j * n_embd;
+    route.part += (int64_t)j * route.n_part * EPL * 32;
+    dec_choice<EPL, 1> to;
+    to.early(route);
+    to.gather(route, shared);
+    if (chooses) {
+        to.choose();
+        if (lane < DEC_TOP_K)
+            a.id[j * DEC_TOP_K + lane] = to.id;
+        __syncwarp();
+        if (lane == 0)
+            few_count(&a.counts->routed);
+    }
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int at = 4 * (threadIdx.x + i * ROW_THREADS);
-            if (at < n_embd)
-                cl.put(swap.rows + j * dec_ld(n_embd) + at,
-                       j < n_row ? dec_norm4(to.v[i], to.rs[0], gain[i]) : make_uint2(0, 0), swap.normed);
-        }
-        if (chooses && j < n_row && (int)blockIdx.x < cl.size) {
-            const float weight = to.weigh();
-            if (lane < DEC_TOP_K)
-                a.weight[j * DEC_TOP_K + lane] = weight;
-        }
-        if (cl.size < R)
-            __syncthreads(); /* shared has been read */
+    for (int i = 0; i < 2; i++) {
+        const int at = 4 * (threadIdx.x + i * ROW_THREADS);
+        if (at < n_embd)
+            *(uint2 *)(a.y + j * n_embd + at) = dec_norm4(to.v[i], to.rs[0], *(const float4 *)(a.gain + at));
+    }
+    __syncthreads();
+    if (threadIdx.x == 0)
+        few_count(&a.counts->taken);
+    if (chooses) {
+        const float weight = to.weigh();
+        if (lane < DEC_TOP_K)
+            a.weight[j * DEC_TOP_K + lane] = weight;
     }
 }
-/* The barriers of few_route_rows. */
-template <int R> __device__ __forceinline__ void few_route_pass(const few_cluster &cl, int n_row) {
-    for (int j = cl.rank; j < R; j += cl.size) {
-        if (j < n_row)
-            __syncthreads();
-        if (cl.size < R)
-            __syncthreads();
-    }
+__device__ __forceinline__ void few_route_pass() {
+    __syncthreads();
+    __syncthreads();
 }
 
 /* d of the CTA's tiles of a half, whose experts begin at list's number expert0. */
@@ -193,37 +180,37 @@ constexpr int few_experts_sums = dec_max(dec_sums_bytes<few_expert_plan<R>::GROU
                                          dec_choice<EPL, 1>::SMEM);
 
 /* Both halves' gate_up, then both halves' down, as dec_experts_kernel. */
-template <int EPL, int R>
-__global__ void __launch_bounds__(DEC_EXPERT_THREADS, 1) few_experts_kernel(few_experts a, int cluster) {
+template <int EPL, int R> __global__ void __launch_bounds__(DEC_EXPERT_THREADS, 1) few_experts_kernel(few_experts a) {
     using plan = few_expert_plan<R>;
     constexpr int G = plan::GROUP, ADDERS = G * R / 4; /* warps that add gate_up up */
     __shared__ few_list list;
-    __shared__ uint64_t bars[6]; /* a half of gate_up is added up in this CTA, [2]; in all, [2]; few_swap's */
-    __shared__ __align__(8) int ids[FEW_MAX * DEC_TOP_K];
-    const int tid = threadIdx.x, lane = tid % 32, n_embd = a.route.n_embd;
+    __shared__ uint64_t bars[4]; /* a half of gate_up is added up in this CTA, [2]; in all, [2] */
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     const uint32_t added = dec_smem(bars), met = added + 16;
     dec_carve c = {dec_shared};
     typename plan::pipe pipe;
     uint8_t *ring = c.take(pipe.SMEM);
     float *red = (float *)c.take(few_experts_sums<EPL, R>);
-    const few_swap swap = {bars + 4, bars + 5, ids, (__half *)c.take(R * dec_ld(n_embd) * 2)};
     float *bias = (float *)c.take(plan::BIAS * 64);
-    const few_cluster cl(cluster);
     const int n_row = __ldcg(a.n);
 
     pipe.open(ring, 0);
     if (tid < 4)
         dec_bar_init(added + tid * 8, tid < 2 ? ADDERS : 1);
-    if (tid == 4)
-        dec_expect(swap.routed, R * DEC_TOP_K * 4);
-    if (tid == 5)
-        dec_expect(swap.normed, R * n_embd * 2);
-    __syncwarp();
-    dec_cluster_arrive();
+    few_work work_of;
+    if (warp == pipe.PRODUCER)
+        work_of = few_work(lane + 1, a.up.w.n_tile, a.down.n_tile);
+    if (blockIdx.x < FEW_MAX && tid < DEC_THREADS) {
+        few_near(a.gain, a.route.n_embd);
+        few_near(a.route.bias, a.route.bias ? EPL * 32 : 0);
+    }
+    pdl_wait();
+    pdl_launch(); /* after the wait: the kernel after this one may read the route's inputs before its own wait */
+    if ((int)blockIdx.x < n_row && tid < DEC_THREADS)
+        few_route_row<EPL>(a, blockIdx.x, red);
+    else if ((int)blockIdx.x < n_row)
+        few_route_pass();
     if (tid >= DEC_THREADS) {
-        dec_cluster_wait();
-        few_route_pass<R>(cl, n_row);
-        cl.pass();
         __syncthreads();
         for (int i = 0; i < 2 && lane == 0; i++) {
             dec_bar_wait(added + i * 8, 0);
@@ -232,36 +219,26 @@ __global__ void __launch_bounds__(DEC_EXPERT_THREADS, 1) few_experts_kernel(few_
         }
         return;
     }
-    float4 gain[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        gain[i] = *(const float4 *)(a.gain + min(4 * (tid + i * ROW_THREADS), n_embd - 4));
-    dec_choice<EPL, 1> to;
-    to.early(a.route);
-    few_work work_of;
-    if (tid / 32 == pipe.PRODUCER)
-        work_of = few_work(lane + 1, a.up.w.n_tile, a.down.n_tile);
-    dec_cluster_wait();
-    pdl_wait();
-    pdl_launch(); /* after the wait: the kernel after this one may read the route's inputs before its own wait */
-    few_route_rows<EPL, R>(a, cl, n_row, tid / 32 == pipe.PRODUCER, gain, to, red, swap);
-    if (tid / 32 == pipe.PRODUCER) {
-        cl.wait(swap.routed);
-        list.make<EPL>(lane < R * DEC_TOP_K ? ids[lane] : -1, work_of);
+    if (warp == pipe.PRODUCER) {
+        if (lane == 0)
+            few_await(&a.counts->routed, n_row);
+        __syncwarp();
+        list.make<EPL>(lane < n_row * DEC_TOP_K ? __ldcg(a.id + lane) : -1, work_of);
         const few_work &s = list.work;
         few_tiles tiles(a, list);
         pipe.n_piece = (s.n[0] + s.n[1] + s.n[2] + s.n[3]) * pipe.PER_TILE;
         pipe.fill(tiles, 2 * pipe.PER_TILE); /* not more: all CTAs' first tiles before the third ones */
+        if (lane == 0)
+            few_await(&a.counts->taken, n_row);
         __syncwarp();
         __syncthreads();
         pipe.fill(tiles, INT32_MAX);
         return;
     }
-    cl.wait(swap.normed);
+    __syncthreads();
     const int col = lane / 4;
     dec_x8<3> x;
-    x.take(col < R ? swap.rows + col * dec_ld(n_embd) + tid / 32 * 192 : NULL);
-    __syncthreads();
+    x.load(col < R ? a.y + col * a.route.n_embd + warp * 192 : NULL);
     const few_work &s = list.work;
     const int half = list.n / 2;
     dec_sums sums = {red, red + G * DEC_SUM_WARPS * dec_pitch<R>};
@@ -274,7 +251,7 @@ __global__ void __launch_bounds__(DEC_EXPERT_THREADS, 1) few_experts_kernel(few_
             pipe, x, sums, s.n[i], [](int) {},
             dec_glu_sums<G, R, few_list>(a.up, list, s.first[i], bias + at * 16, plan::BIAS - at, i * half));
         __syncwarp();
-        if (tid < ADDERS * 32 && lane == 0)
+        if (warp < ADDERS && lane == 0)
             dec_bar_arrive(added + i * 8);
     }
     for (int i = 0; i < 2; at += s.n[2 + i++]) {
@@ -285,9 +262,8 @@ __global__ void __launch_bounds__(DEC_EXPERT_THREADS, 1) few_experts_kernel(few_
 
 /* ---- shared memory, bytes ---- */
 
-template <int EPL, int R> constexpr size_t few_experts_smem(int n_embd) {
-    using plan = few_expert_plan<R>;
-    return plan::pipe::SMEM + few_experts_sums<EPL, R> + R * dec_ld(n_embd) * 2 + plan::BIAS * 64 + 64;
-}
+template <int EPL, int R>
+constexpr size_t few_experts_smem =
+    few_expert_plan<R>::pipe::SMEM + few_experts_sums<EPL, R> + few_expert_plan<R>::BIAS * 64 + 64;
 
 #endif

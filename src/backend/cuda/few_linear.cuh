@@ -1,7 +1,8 @@
 /* backend/cuda/few_linear.cuh: the dense products of a decode step of 3 to 8 rows: norm + qkv + rope + KV write, out +
  * router sums, norm + head.
  *
- * As for one and two rows, but a row is normed once in a cluster of CTAs, by one of them for all. */
+ * As for one and two rows, but a row is normed once in a cluster of CTAs, by one of them for all. (The experts' CTAs
+ * find no room as clusters: one of all does a row.) */
 #ifndef ORCD_BACKEND_CUDA_FEW_LINEAR_CUH
 #define ORCD_BACKEND_CUDA_FEW_LINEAR_CUH
 
@@ -9,6 +10,28 @@
 #include "backend/cuda/decode_linear.cuh"
 
 #define FEW_MAX 8 /* rows */
+
+/* Counters of rows, which qkv clears. */
+struct few_counts {
+    uint32_t routed, taken; /* the experts': ids are there, normed rows */
+};
+
+__device__ __forceinline__ void few_count(uint32_t *counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+/* By one thread of a CTA: many that look hold up those that count. */
+__device__ __forceinline__ void few_await(const uint32_t *counter, int n) {
+    uint32_t v;
+    do
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+    while (v != (uint32_t)n);
+}
+
+/* Of n floats: they come from far. */
+__device__ __forceinline__ void few_near(const float *p, int n) {
+    for (int at = threadIdx.x * 32; at < n; at += ROW_THREADS * 32)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p + at));
+}
 
 /* What a CTA's cluster sends to all of its CTAs. */
 struct few_cluster {
@@ -32,12 +55,6 @@ struct few_cluster {
         __syncthreads();
 #endif
     }
-    /* By warps that do not wait while all others do. */
-    __device__ __forceinline__ void pass() const {
-#if __CUDA_ARCH__ < 900
-        __syncthreads();
-#endif
-    }
 };
 
 struct few_norm_in {
@@ -48,7 +65,8 @@ struct few_norm_in {
     float *x_out;            /* their sum, written by the first cluster; not x. NULL: nowhere */
     const float *gain;
     float eps;
-    int n_embd; /* <= 4096, a multiple of 4 */
+    int n_embd;        /* <= 4096, a multiple of 4 */
+    few_counts *clear; /* the experts': done, and not begun again */
 };
 
 __device__ __forceinline__ float few_add(float x, float4 w, float d0, float d1, float d2, float d3) {
@@ -150,6 +168,8 @@ __device__ __forceinline__ void few_norm_linear(const few_norm_in &in, const dec
     dec_cluster_wait();
     pdl_wait();
     epi.after_wait();
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+        in.clear->routed = in.clear->taken = 0;
     if (!early)
         n_row = __ldcg(in.n);
     few_norm_rows<R>(in, cl, n_row, gain, xs, ws, &bar);
