@@ -319,6 +319,8 @@ void cuda_run_attention(cuda_run *r, const cuda_cmd *c) {
     a.n_entry = kv->n_entry;
     a.y = c->y->f16;
     a.ldy = c->y->ld;
+    if (r->shape.tiles == 0 && t->head_dim % 2 == 0) /* rows of prompts leave attention_long.cu by themselves */
+        a.pack = pack_rows(r, c->y, r->shape.rows, r->dev->scratch.down, r->dev->scratch.down_bytes);
     a.partial = r->dev->scratch.partial;
     a.arrived = r->dev->scratch.arrived;
     /* a window of w keys lies in at most w / 512 + 2 super-chunks */

@@ -13,6 +13,7 @@
 
 #include "backend/cuda/kv.cuh"
 #include "backend/cuda/math.cuh"
+#include "backend/cuda/pack.cuh"
 
 #define SUPER 8 /* pages of a super-chunk */
 
@@ -30,6 +31,7 @@ struct attn_args {
     int n_entry;
     uint16_t *y;
     int64_t ldy;
+    pack_to pack;
     float *partial;
     uint32_t *arrived;
     int reach;  /* `one`: super-chunks allotted to a row */
@@ -90,6 +92,8 @@ static __device__ __forceinline__ void put_out(const attn_args &a, int row, int 
         y[0] = (uint16_t)v;
     if (d + 1 < a.head_dim)
         y[1] = (uint16_t)(v >> 16);
+    if (a.pack.at && d < a.head_dim)
+        *(uint32_t *)a.pack.of(row, head * a.head_dim + d) = v;
 }
 
 static __device__ __forceinline__ int first_key(const attn_args &a, int pos) {

@@ -205,6 +205,8 @@ struct cuda_run {
     const int32_t *upload; /* of this step, in host memory */
     int n_upload;          /* words */
     cudaError_t error;
+    const cuda_act *packed; /* an act whose rows the command before left in `pack`, too (pack.cuh) */
+    uint8_t *pack;
 };
 
 struct cuda_step {

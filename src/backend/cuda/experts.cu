@@ -499,7 +499,7 @@ static __global__ void combine_kernel(cuda_count rows, const float *down, const 
 static __global__ __launch_bounds__(ROW_THREADS) void combine_norm_kernel(cuda_count rows, const float *down,
                                                                           const float *weight, int k, float *y, int n,
                                                                           const float *gain, float eps, float *z,
-                                                                          uint16_t *zh, int64_t ld) {
+                                                                          uint16_t *zh, int64_t ld, pack_to pack) {
     __shared__ float part[16];
     pdl_launch();
     pdl_wait();
@@ -535,8 +535,13 @@ static __global__ __launch_bounds__(ROW_THREADS) void combine_norm_kernel(cuda_c
         const float4 o = make_float4(__fmul_rn(__fmul_rn(v[i].x, rs), g.x), __fmul_rn(__fmul_rn(v[i].y, rs), g.y),
                                      __fmul_rn(__fmul_rn(v[i].z, rs), g.z), __fmul_rn(__fmul_rn(v[i].w, rs), g.w));
         ((float4 *)(z + (int64_t)row * n))[at] = o;
+        const uint32_t h[2] = {f16x2(o.x, o.y), f16x2(o.z, o.w)};
         if (zh)
-            *(uint2 *)(zh + row * ld + 4 * at) = make_uint2(f16x2(o.x, o.y), f16x2(o.z, o.w));
+            *(uint2 *)(zh + row * ld + 4 * at) = make_uint2(h[0], h[1]);
+        if (pack.at)
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                *(uint32_t *)pack.of(row, 4 * at + 2 * j) = h[j];
     }
 }
 
@@ -600,9 +605,11 @@ static void run_combine(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm, cu
     const float *down = r->dev->scratch.down;
     const int n = (int)c->w2->base.n_row;
     if (norm) {
+        const cuda_scratch *s = &r->dev->scratch;
+        const size_t room = c->w->matrix[0].n_row % 64 ? 0 : s->hidden_bytes; /* else there are zeros to be kept */
         cuda_launch(r, combine_norm_kernel, dim3((unsigned)rows.cap), dim3(ROW_THREADS), 0, rows, down,
                     (const float *)c->z->expert_w, c->k, c->y->f32, n, (const float *)norm->w->dense, norm->eps,
-                    norm->y->f32, norm->y->f16, norm->y->ld);
+                    norm->y->f32, norm->y->f16, norm->y->ld, pack_rows(r, norm->y, rows.cap, s->hidden, room));
         return;
     }
     const unsigned parts = rows.cap < 64 ? 8 : 1;

@@ -3,12 +3,13 @@
 #include "backend/cuda/stream.cuh"
 
 static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l) {
-    uint8_t *x = (uint8_t *)r->dev->scratch.down;
+    uint8_t *x = r->packed == c->x ? r->pack : (uint8_t *)r->dev->scratch.down;
     wide_args a = {};
     a.l = l;
     a.x = x;
     a.ldx = round_up(l.rows.cap, 8);
-    wide_pack(r, l.rows, NULL, 1, l.x, l.ldx, x, a.ldx);
+    if (r->packed != c->x)
+        wide_pack(r, l.rows, NULL, 1, l.x, l.ldx, x, a.ldx);
     for (int i = 0; i < c->w->n_matrix; i++) {
         a.cols = wide_cols(l.rows.cap, c->w->matrix[i].n_tile, r->dev->n_sm);
         wide_dense(r, &c->w->matrix[i], a);
@@ -60,6 +61,8 @@ void cuda_run_linear_rope(cuda_run *r, const cuda_cmd *c, const cuda_cmd *rope) 
         a.rope = r->dev->scratch.rope;
         a.n_rope = (rope->attn.n_head + rope->attn.n_kv_head) * 64;
     }
+    if (r->packed == c->y) /* its rows are about to change */
+        r->packed = NULL;
     if (a.rows.cap > FEW_ROWS && wide_can(r, c->w)) {
         if (!run_mid(r, c, a))
             run_wide(r, c, a);

@@ -1,6 +1,7 @@
 /* backend/cuda/rows.cu: operations that treat rows one by one: embed, norm, RoPE, KV write, gather. */
 #include "backend/cuda/kv.cuh"
 #include "backend/cuda/math.cuh"
+#include "backend/cuda/pack.cuh"
 
 /* ---- embed ---- */
 
@@ -66,7 +67,7 @@ void cuda_run_embed(cuda_run *r, const cuda_cmd *c) {
 template <bool RMS>
 static __global__ __launch_bounds__(ROW_THREADS) void norm_kernel(cuda_count rows, const float *x, const float *gain,
                                                                   const float *bias, float eps, int n, float *y,
-                                                                  uint16_t *yh, int64_t ld) {
+                                                                  uint16_t *yh, int64_t ld, pack_to pack) {
     __shared__ float part[16], part2[16];
     pdl_launch();
     pdl_wait();
@@ -94,6 +95,8 @@ static __global__ __launch_bounds__(ROW_THREADS) void norm_kernel(cuda_count row
             y[(int64_t)row * n + k] = v;
         if (yh)
             yh[row * ld + k] = f16_bits(v);
+        if (pack.at)
+            *(uint16_t *)pack.of(row, k) = f16_bits(v);
     }
 }
 
@@ -101,7 +104,8 @@ void cuda_run_norm(cuda_run *r, const cuda_cmd *c) {
     const cuda_count rows = cuda_rows_of(r, c);
     cuda_launch(r, c->norm_kind == BE_NORM_RMS ? norm_kernel<true> : norm_kernel<false>, dim3((unsigned)rows.cap),
                 dim3(ROW_THREADS), 0, rows, c->x->f32, c->w->dense, c->w2 ? c->w2->dense : (float *)NULL, c->eps,
-                (int)c->x->base.width, c->y->f32, c->y->f16, c->y->ld);
+                (int)c->x->base.width, c->y->f32, c->y->f16, c->y->ld,
+                pack_rows(r, c->y, rows.cap, r->dev->scratch.down, r->dev->scratch.down_bytes));
 }
 
 /* ---- f16 copy of rows that only have floats ---- */

@@ -486,6 +486,8 @@ static orcd_status run_commands(cuda_dev *d, cuda_step *s, cuda_run *r, orcd_err
     d->n_fused += fused;
     for (int i = 0; i < s->n_cmd && !fused; i++) {
         const cuda_cmd *c = &s->cmd[i], *next = i + 1 < s->n_cmd ? c + 1 : NULL;
+        if (c->op != CUDA_OP_LINEAR)
+            r->packed = NULL;
         if (c->op == CUDA_OP_TAP) {
             ORCD_TRY(run_tap(d, c, err));
         } else if (c->op == CUDA_OP_EXPERTS && next && cuda_can_combine_norm(c, next)) {
@@ -633,7 +635,7 @@ static orcd_status run(cuda_dev *d, cuda_step *s, orcd_error *err) {
     ORCD_TRY(fill_upload(d, s, &shape, &n_word, err));
     s->staging = &d->staging[d->next_staging];
     d->next_staging = (d->next_staging + 1) % CUDA_N_STAGING;
-    cuda_run r = {d, kv, d->stream, shape, d->major >= 9, -1, 0.f, s->staging->host, n_word, cudaSuccess};
+    cuda_run r = {d, kv, d->stream, shape, d->major >= 9, -1, 0.f, s->staging->host, n_word, cudaSuccess, NULL, NULL};
     if (s->taps || s->base.batch.n_tok > GRAPH_MAX_ROWS) {
         ORCD_TRY(run_commands(d, s, &r, err));
     } else {

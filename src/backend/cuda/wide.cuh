@@ -13,6 +13,7 @@
 #define ORCD_BACKEND_CUDA_WIDE_CUH
 
 #include "backend/cuda/linear.cuh"
+#include "backend/cuda/pack.cuh"
 #include "backend/cuda/wgmma.cuh"
 
 #define WIDE_COLS 128 /* activation rows of an item */
@@ -28,12 +29,6 @@ struct wide_args {
     int cols;        /* DENSE: rows of an item, a multiple of 8 */
     int *taken;      /* experts: items that blocks took beyond their first, zero before */
 };
-
-/* Bytes from a row's start in its unit: column (0..63) of row i. */
-static __device__ __forceinline__ int wide_at(int col, int64_t i) {
-    const int piece = (col >> 5) * 4 + (col >> 1 & 3);
-    return ((piece ^ (int)(i & 7)) << 4) + (col >> 3 & 3) * 4 + (col & 1) * 2;
-}
 
 /* wide.cu: rows of x (row perm[i] / k for row i, none where perm is negative; perm NULL: all) in the order above. */
 void wide_pack(cuda_run *r, cuda_count rows, const int32_t *perm, int k, const uint16_t *x, int64_t ldx, uint8_t *out,
