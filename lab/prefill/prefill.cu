@@ -3,7 +3,7 @@
  *        src/backend/cuda/{wide,pour,broad}.cu -o build/prefill && build/prefill [dense] [tokens of 32 experts, +tokens
  * of 128 experts, u before it: uneven routes ...] */
 #include "backend/cuda/broad.cuh"
-#include "backend/cuda/mid.cuh"
+#include "backend/cuda/flow.cuh"
 #include "backend/cuda/pour.cuh"
 #include "backend/cuda/stream.cuh"
 
@@ -111,16 +111,6 @@ static const int EMBD = 2880, FF = 2880;
 
 /* Rows of an entry of the list. */
 static const int pours[] = {16, 24, 32}, broads[] = {48, 64};
-
-struct dense_variant {
-    const char *name;
-    int most, unit;
-    void (*run)(cuda_run *, const lin_args &, int);
-};
-#define DENSE(SEG, N_SEG, MOST, G)                                                                                     \
-    { #MOST " rows, " #G " groups", MOST, SEG *N_SEG, mid_launch < mid_plan < form_q8_0, SEG, N_SEG, MOST, G>> }
-static const dense_variant denses[] = {DENSE(3, 15, 32, 3), DENSE(3, 15, 32, 4), DENSE(4, 16, 24, 3),
-                                       DENSE(4, 16, 24, 4)};
 
 static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, const float *bgu, const float *bdn,
                     int T, int E, int K, bool even) {
@@ -392,24 +382,18 @@ static void dense(cuda_run *r, const char *name, const cuda_matrix &m, const flo
     printf("%s T %5d: %lld of %lld differ; pack %.1f us, wide %.1f us %.0f TFLOP/s, many %.1f us %.0f\n", name, T,
            (long long)differ(y0.data(), y1.data(), (int64_t)y0.size(), 4), (long long)y0.size(), pk * 1e3, wg * 1e3,
            fl / wg / 1e9, mg * 1e3, fl / mg / 1e9);
-    for (const dense_variant &v : denses) {
-        if (m.form != CUDA_FORM_Q8_0 || T > 512 || v.unit != m.n_unit)
-            continue;
-        printf("  mid %s; us:", v.name);
-        for (int cols = 8; cols <= v.most; cols += 8) {
+    const bool flows = m.form == CUDA_FORM_Q8_0 && (m.n_unit == 45 || m.n_unit == 64) && T <= 512;
+    for (int share = 1; share <= 4 && flows; share *= 2) {
+        printf("  flow, %d groups share; us:", share);
+        for (int cols = 8; cols <= (share == 1 ? 48 : FLOW_COLS); cols += 8) {
             CK(cudaMemset(y[0], epilogue == BE_EPI_ADD ? 0 : 0xFF, (size_t)(T * m.n_row * 4)));
-            lin_args d = a;
-            d.y = y[0];
-            lin_matrix(&d, &m);
-            v.run(r, d, cols);
+            const flow_way way = {share, cols, (m.n_tile * share + 15) / 16 * ((T + cols - 1) / cols)};
+            flow_run(r, &m, way, w);
             CK(r->error);
             CK(cudaDeviceSynchronize());
             CK(cudaMemcpy(y0.data(), y[0], y0.size() * 4, cudaMemcpyDeviceToHost));
-            auto run = [&] {
-                lin_matrix(&d, next());
-                v.run(r, d, cols);
-            };
-            printf(" %d rows %.1f (%lld differ)", cols, t.ms(run, 7) * 1e3,
+            const float us = t.ms([&] { flow_run(r, next(), way, w); }, 7) * 1e3f;
+            printf(" %d rows %.1f (%lld differ)", cols, us,
                    (long long)differ(y0.data(), y1.data(), (int64_t)y0.size(), 4));
         }
         printf("\n");

@@ -1,8 +1,9 @@
 /* backend/cuda/linear.cu: y = epilogue(W x + b). */
-#include "backend/cuda/mid.cuh"
+#include "backend/cuda/flow.cuh"
 #include "backend/cuda/stream.cuh"
 
-static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l) {
+/* Products by rows in wide.cuh's order. */
+static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l, flow_way way) {
     uint8_t *x = r->packed == c->x ? r->pack : (uint8_t *)r->dev->scratch.down;
     wide_args a = {};
     a.l = l;
@@ -10,20 +11,14 @@ static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l) {
     a.ldx = round_up(l.rows.cap, 8);
     if (r->packed != c->x)
         wide_pack(r, l.rows, NULL, 1, l.x, l.ldx, x, a.ldx);
+    if (way.share) {
+        flow_run(r, &c->w->matrix[0], way, a);
+        return;
+    }
     for (int i = 0; i < c->w->n_matrix; i++) {
         a.cols = wide_cols(l.rows.cap, c->w->matrix[i].n_tile, r->dev->n_sm);
         wide_dense(r, &c->w->matrix[i], a);
     }
-}
-
-/* False, and nothing launched, where wide products are sooner done. */
-static bool run_mid(cuda_run *r, const cuda_cmd *c, const lin_args &a) {
-    for (int i = 0; i < c->w->n_matrix; i++)
-        if (!mid_dense_cols(r, &c->w->matrix[i], a.rows.cap))
-            return false;
-    for (int i = 0; i < c->w->n_matrix; i++)
-        mid_dense(r, &c->w->matrix[i], a);
-    return true;
 }
 
 /* Columns per block of the streaming kernel, 0 to leave it. */
@@ -33,7 +28,7 @@ static int stream_width(int rows) {
     return rows > 64 ? 0 : rows <= 32 ? 16 : STREAM_MAX_COLS;
 }
 
-/* Products of more rows than that are those of wide.cuh and mid.cuh, where these are. */
+/* Products of more rows than that are those of wide.cuh and flow.cuh, where these are. */
 #define FEW_ROWS 48
 
 bool cuda_can_linear_rope(const cuda_run *r, const cuda_cmd *c, const cuda_cmd *rope) {
@@ -63,9 +58,9 @@ void cuda_run_linear_rope(cuda_run *r, const cuda_cmd *c, const cuda_cmd *rope) 
     }
     if (r->packed == c->y) /* its rows are about to change */
         r->packed = NULL;
-    if (a.rows.cap > FEW_ROWS && wide_can(r, c->w)) {
-        if (!run_mid(r, c, a))
-            run_wide(r, c, a);
+    const flow_way way = flow_choose(r, c->w, a.rows.cap, c->epilogue);
+    if (way.share || (a.rows.cap > FEW_ROWS && wide_can(r, c->w))) {
+        run_wide(r, c, a, way);
         return;
     }
     const int width = lin_width(a.rows.cap), blocks = (a.rows.cap + width - 1) / width;

@@ -35,7 +35,7 @@ struct lin_args {
     int epilogue;
     cuda_rowmap map;
     float alpha, limit;
-    const float2 *rope; /* wide and mid products of q, k and v: cos and sin [row][64] for rows below n_rope, or NULL */
+    const float2 *rope; /* wide.cuh and flow.cuh, q, k and v: cos and sin [row][64] for rows below n_rope, or NULL */
     int n_rope;
 };
 
