@@ -347,6 +347,128 @@ template <int R> static void run_many_rows(cuda_run *r, const route_args &a) {
     cuda_launch(r, kernel, dim3((unsigned)((a.rows.cap + R - 1) / R)), dim3(ROW_THREADS), bytes, a);
 }
 
+/* ---- the same by clusters: each of TEAM blocks has a quarter of the router's weights, which it asks for before the
+ * rows are there, and the result of one of TEAM rows ---- */
+
+#define TEAM 4
+#define TEAM_EXPERTS 32 /* a lane each */
+#define TEAM_ROWS 64    /* of a step: of more, not all clusters run at once */
+struct team_shared {
+    float4 w[(CUDA_ROUTE_MOST + 255) / 256][TEAM][4][TEAM_EXPERTS]; /* w[c][i]: of tile 16 c + TEAM rank + i */
+    float4 x[TEAM][CUDA_ROUTE_MOST / 4];
+    float sums[TEAM][TEAM][TEAM_EXPERTS]; /* of a row: of the block's tiles that are 16 apart */
+    float4 part[4];
+    float logit[TEAM_EXPERTS];
+    uint64_t full;
+};
+
+#ifdef HAVE_WGMMA
+static __device__ __forceinline__ void team_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+static __device__ __forceinline__ float team_read(const float *mine, int rank) {
+    uint32_t at;
+    float v;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"((uint32_t)__cvta_generic_to_shared(mine)), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
+    return v;
+}
+static __device__ void team_ask(const route_args &a, int n_tile, int rank, team_shared &s, uint32_t full) {
+    int mine = 0;
+    for (int tile = TEAM * rank; tile < n_tile; tile += 16)
+        mine += min(TEAM, n_tile - tile);
+    mbar_expect(full, (uint32_t)mine * sizeof s.w[0][0]);
+    for (int tile = TEAM * rank, c = 0; tile < n_tile; tile += 16, c++)
+        bulk_copy((uint32_t)__cvta_generic_to_shared(s.w[c]), a.router + (int64_t)tile * 16 * TEAM_EXPERTS,
+                  (uint32_t)min(TEAM, n_tile - tile) * sizeof s.w[0][0], full);
+}
+#endif
+
+/* TEAM rows a cluster: the sums of norm_route_kernel in their order. */
+static __global__ __launch_bounds__(ROW_THREADS, 1) void norm_route_team_kernel(route_args a) {
+#ifdef HAVE_WGMMA
+    constexpr int QUADS = CUDA_ROUTE_MOST / 4 / ROW_THREADS + 1;
+    extern __shared__ __align__(128) uint8_t team_memory[];
+    team_shared &s = *(team_shared *)team_memory;
+    const int n_quad = a.n / 4, n_tile = a.n / 16, rank = blockIdx.x % TEAM, row0 = blockIdx.x - rank;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = row0 + rank;
+    const uint32_t full = (uint32_t)__cvta_generic_to_shared(&s.full);
+    if (threadIdx.x == 0) {
+        mbar_init(full, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        team_ask(a, n_tile, rank, s, full);
+    }
+    pdl_launch();
+    pdl_wait();
+    const int n_row = count_rows(a.rows);
+    float4 own[QUADS];
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < QUADS; j++) {
+        const int at = threadIdx.x + j * ROW_THREADS;
+        float4 v[TEAM];
+#pragma unroll
+        for (int r = 0; r < TEAM; r++)
+            v[r] = row0 + r < n_row && at < n_quad ? __ldcg((const float4 *)(a.x + (int64_t)(row0 + r) * a.n) + at)
+                                                   : make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int r = 0; r < TEAM; r++) {
+            if (at < n_quad)
+                s.x[r][at] = v[r];
+            if (r == rank)
+                own[j] = v[r];
+        }
+        sum = sum_sq4(own[j], sum);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0)
+        ((float *)s.part)[warp] = sum;
+    __syncthreads();
+    mbar_wait(full, 0);
+    float t = 0;
+    for (int c = 0, tile = TEAM * rank + warp % TEAM; tile < n_tile; tile += 16, c++) {
+        float4 w[4];
+#pragma unroll
+        for (int q = 0; q < 4; q++)
+            w[q] = s.w[c][warp % TEAM][q][lane];
+        t += route_tile(w, (const float *)&s.x[warp / TEAM][tile * 4]);
+    }
+    s.sums[warp / TEAM][warp % TEAM][lane] = t;
+    team_sync();
+    const float rs = many_scale(s.part, a.n, a.eps);
+    if (warp == 0 && row < n_row) {
+        float all = team_read(&s.sums[rank][0][lane], 0);
+#pragma unroll
+        for (int w = 1; w < 16; w++)
+            all += team_read(&s.sums[rank][w % TEAM][lane], w / TEAM);
+        s.logit[lane] = fmaf(all, rs, a.bias ? a.bias[lane] : 0.f);
+        __syncwarp();
+        choose(s.logit, TEAM_EXPERTS, a.k, a.id + (int64_t)row * a.k, a.weight + (int64_t)row * a.k);
+    }
+#pragma unroll
+    for (int j = 0; j < QUADS; j++) {
+        const int at = threadIdx.x + j * ROW_THREADS;
+        if (at >= n_quad || row >= n_row)
+            break;
+        const float4 g = ((const float4 *)a.gain)[at], x = own[j];
+        *(uint2 *)(a.y + row * a.ld + 4 * at) =
+            make_uint2(f16x2(__fmul_rn(__fmul_rn(x.x, rs), g.x), __fmul_rn(__fmul_rn(x.y, rs), g.y)),
+                       f16x2(__fmul_rn(__fmul_rn(x.z, rs), g.z), __fmul_rn(__fmul_rn(x.w, rs), g.w)));
+    }
+    team_sync(); /* the others have read this block's sums */
+#else
+    (void)a;
+#endif
+}
+
+static void run_team(cuda_run *r, const route_args &a) {
+    if (r->error == cudaSuccess)
+        r->error = cudaFuncSetAttribute(norm_route_team_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        (int)sizeof(team_shared));
+    cuda_launch_clusters(r, norm_route_team_kernel, dim3((unsigned)round_up(a.rows.cap, TEAM)), TEAM, dim3(ROW_THREADS),
+                         sizeof(team_shared), a);
+}
+
 void cuda_run_moe(cuda_run *r, const cuda_cmd *c) {
     const cuda_scratch *s = &r->dev->scratch;
     const int n = (int)c->x->base.width, n_expert = (int)c->w2->base.n_row;
@@ -354,7 +476,10 @@ void cuda_run_moe(cuda_run *r, const cuda_cmd *c) {
     const route_args a = {rows,     c->x->f32, c->w->dense,    c->w2->gained, c->w2->bias,
                           n,        n_expert,  c->k,           c->eps,        c->y->f16,
                           c->y->ld, c->z->id,  c->z->expert_w, s->route_part, s->route_arrived};
-    if (rows.cap <= CUDA_ROUTE_ROWS || !cuda_routes_many(n, n_expert)) {
+    if (cuda_has_wide(r->dev) && n_expert == TEAM_EXPERTS && n % 16 == 0 && n <= CUDA_ROUTE_MOST && rows.cap > 16 &&
+        rows.cap <= TEAM_ROWS) {
+        run_team(r, a);
+    } else if (rows.cap <= CUDA_ROUTE_ROWS || !cuda_routes_many(n, n_expert)) {
         const unsigned parts = rows.cap <= 16 ? 8 : rows.cap <= 64 ? 2 : 1;
         cuda_launch(r, norm_route_kernel, dim3((unsigned)rows.cap, parts), dim3(ROW_THREADS),
                     (size_t)round_up(n, 16) * 4, a);
