@@ -1,4 +1,4 @@
-/* backend/cuda/flow.cuh: Q8_0 matrices times 17 to 256 rows on Hopper: the bits of linear.cuh's kernels, by wgmma.
+/* backend/cuda/flow.cuh: Q8_0 matrices times 17 to 128 rows on Hopper: the bits of linear.cuh's kernels, by wgmma.
  *
  * A block computes items of 64 MG matrix rows and up to 64 rows of activations. Its four groups of four warps take 64
  * matrix rows each, or KG of them share 64: they take the segments in turn, and each adds its sums to those of the
@@ -341,7 +341,8 @@ struct flow_way {
 static inline flow_way flow_choose(const cuda_run *r, const cuda_weight *w, int rows, int epilogue) {
     static const int fixed[] = {0, 130, 70, 0, 20}; /* of an item's time, by the groups that share; a row's is 3 */
     const cuda_matrix *m = &w->matrix[0];
-    const int n_sm = r->dev->n_sm, most = m->n_tile > 4 * n_sm ? 64 : 256; /* the head's weights have other kernels */
+    const int n_sm = r->dev->n_sm,
+              most = m->n_tile > 4 * n_sm ? 64 : PACK_MOST; /* the head's weights have other kernels */
     flow_way best = {0, 0, 0};
     if (!cuda_has_wide(r->dev) || w->n_matrix != 1 || m->form != CUDA_FORM_Q8_0 ||
         (m->n_unit != 45 && m->n_unit != 64) || (epilogue != BE_EPI_NONE && epilogue != BE_EPI_ADD) ||

@@ -13,7 +13,8 @@ static __device__ __forceinline__ int wide_at(int col, int64_t i) {
     return ((piece ^ (int)(i & 7)) << 4) + (col >> 3 & 3) * 4 + (col & 1) * 2;
 }
 
-#define PACK_LEAST 17 /* rows of a step: fewer go through other kernels */
+#define PACK_LEAST 17 /* rows of a step: fewer go through other kernels, of more a copy is as soon done */
+#define PACK_MOST 128
 struct pack_to {
     uint8_t *at; /* NULL: nobody wants them so */
     int64_t ld;  /* rows */
@@ -27,7 +28,8 @@ struct pack_to {
  * for so many bytes. */
 static inline pack_to pack_rows(cuda_run *r, const cuda_act *y, int rows, void *at, size_t room) {
     const size_t bytes = (size_t)round_up(rows, 8) * (size_t)y->ld * 2;
-    if (!cuda_has_wide(r->dev) || rows < PACK_LEAST || !y->f16 || y->ld != y->base.width || bytes > room)
+    if (!cuda_has_wide(r->dev) || rows < PACK_LEAST || rows > PACK_MOST || !y->f16 || y->ld != y->base.width ||
+        bytes > room)
         return {NULL, 0};
     r->packed = y;
     r->pack = (uint8_t *)at;
