@@ -11,6 +11,7 @@
 
 #define BROAD_COLS 64
 #define BROAD_SHARED (226 * 1024)
+#define BROAD_ASK 4 /* warps that ask for copies: more than a segment has units */
 
 struct broad_args {
     wide_args up, down; /* down.x is up.hidden */
@@ -90,10 +91,11 @@ static __device__ __forceinline__ void broad_await(const int4 *entry, int n_tile
     asm volatile("fence.proxy.async;" ::: "memory");
 }
 
-/* One warp's copies for the items of a block; a lane copies a tile's weights, or a unit's rows. DOWN: the first stage
- * of an item brings the rows of its results along. The first item's weights are asked for before the rows are there. */
-template <class P> static __device__ __forceinline__ void broad_feed(const broad_args &args, broad_ring &r) {
-    const int lane = threadIdx.x % 32, unit = max(lane - P::TILES, 0);
+/* The copies of one of BROAD_ASK warps for the items of a block: some tiles' weights and a unit's rows; one warp alone
+ * asks for a copy each 75 ns, which is no faster than these are used. DOWN: the first stage of an item brings the rows
+ * of its results along. The first item's weights are asked for before the rows are there. */
+template <class P> static __device__ __forceinline__ void broad_feed(const broad_args &args, broad_ring &r, int mine) {
+    const int lane = threadIdx.x % 32, at = mine + lane * BROAD_ASK;
     broad_items<P> i(args);
     for (int ahead = r.n_stage; i.more(); i.item += gridDim.x, ahead = 0) {
         const bool down = i.down();
@@ -101,17 +103,16 @@ template <class P> static __device__ __forceinline__ void broad_feed(const broad
         const int4 *entry = &a.l.tile[i.entry()];
         const int4 c = __ldcg(entry);
         const int rows = (c.z + 7) & ~7, stride = (c.z + 15) & ~15;
-        const uint8_t *w = a.l.w + c.x * a.l.mat_bytes +
-                           (int64_t)min(i.tile() + lane % P::TILES, a.l.n_tile - 1) * (P::N_SEG * P::PART);
-        const uint8_t *x = a.x + ((int64_t)unit * a.ldx + c.y) * 128;
+        const uint8_t *w =
+            a.l.w + c.x * a.l.mat_bytes + (int64_t)min(i.tile() + at, a.l.n_tile - 1) * (P::N_SEG * P::PART);
+        const uint8_t *x = a.x + ((int64_t)mine * a.ldx + c.y) * 128;
         wide_work *work = r.next_work();
         auto ask_weights = [&](int s, int stage) {
             const uint32_t full = r.full + 8 * stage;
-            if (lane == 0)
+            if (mine == 0 && lane == 0)
                 mbar_expect(full, P::W_BYTES + P::SEG * rows * 128 + (down && s == 0 ? rows * 4 : 0));
-            __syncwarp();
-            if (lane < P::TILES)
-                bulk_copy(r.w + stage * P::W_BYTES + lane * P::PART, w + s * P::PART, P::PART, full);
+            if (at < P::TILES)
+                bulk_copy(r.w + stage * P::W_BYTES + at * P::PART, w + s * P::PART, P::PART, full);
         };
         for (int s = 0; s < ahead; s++)
             ask_weights(s, s);
@@ -125,10 +126,10 @@ template <class P> static __device__ __forceinline__ void broad_feed(const broad
                 mbar_wait(r.empty + 8 * r.stage, r.parity ^ 1);
                 ask_weights(s, r.stage);
             }
-            if (lane >= P::TILES && lane < P::TILES + P::SEG)
-                bulk_copy(r.x + r.stage * r.x_bytes + unit * stride * 128, x + (int64_t)s * P::SEG * a.ldx * 128,
+            if (mine < P::SEG && lane == 0)
+                bulk_copy(r.x + r.stage * r.x_bytes + mine * stride * 128, x + (int64_t)s * P::SEG * a.ldx * 128,
                           (uint32_t)rows * 128, full);
-            else if (down && s == 0 && lane == 31)
+            else if (mine == P::SEG && down && s == 0 && lane == 0)
                 bulk_copy((uint32_t)__cvta_generic_to_shared(work->to), a.l.perm + c.y, (uint32_t)rows * 4, full);
             r.next();
         }
@@ -212,8 +213,7 @@ static __global__ __launch_bounds__(P::THREADS, 1) void broad_kernel(const __gri
     __syncthreads();
     if (warp >= P::TILES) {
         set_registers_down<24>();
-        if (warp == P::TILES)
-            broad_feed<P>(a, r);
+        broad_feed<P>(a, r, warp - P::TILES);
         pdl_wait();
     } else {
         set_registers_up<P::REGISTERS>();

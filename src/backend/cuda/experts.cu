@@ -753,11 +753,11 @@ void cuda_run_experts_norm(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm)
     const cuda_count rows = cuda_rows_of(r, c);
     const int n_expert = (int)c->w->base.n_mat, pairs = rows.cap * c->k, mean = (pairs + n_expert - 1) / n_expert;
     const bool few = chain_can(r, &c->w->matrix[0]) && chain_can(r, &c->w2->matrix[0]);
-    const bool pour = few && pairs > 128 && mean <= 24, broad = few && mean > 24 && mean <= CUDA_BROAD_MEAN;
+    const bool pour = few && pairs > 128 && mean <= 12, broad = few && mean > 12 && mean <= CUDA_BROAD_MEAN;
     /* Fewer rows are streamed sooner. Columns past ff stay zero in `hidden`, which has another order in wide.cuh. */
     const bool wide =
         !pour && !broad && mean > 18 && wide_can(r, c->w) && wide_can(r, c->w2) && c->w->matrix[0].n_row % 64 == 0;
-    const int width = wide ? WIDE_COLS : broad ? BROAD_COLS : pour ? mean <= 18 ? 24 : POUR_COLS : tile_width(mean);
+    const int width = wide ? WIDE_COLS : broad ? BROAD_COLS : pour ? 24 : tile_width(mean);
     const int by_count = n_expert + pairs / width, n_block = pairs < by_count ? pairs : by_count;
     const size_t counts = (size_t)32 * 4 * (size_t)n_expert;
     if (r->error == cudaSuccess)
