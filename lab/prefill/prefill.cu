@@ -159,12 +159,12 @@ static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, c
         memcpy(&v, &h, 2);
     }
     uint16_t *dx = to_dev(x), *h_many, *h_wide;
-    int32_t *dperm = to_dev(perm), counts[3] = {(int)wide.size(), (int)many.size(), 0}, *dcount;
+    int32_t *dperm = to_dev(perm), counts[2] = {(int)wide.size(), (int)many.size()}, *dcount;
     int4 *dwide = to_dev(wide), *dmany = to_dev(many);
     uint8_t *px;
     float *y[2];
-    CK(cudaMalloc(&dcount, sizeof counts));
-    CK(cudaMemcpy(dcount, counts, sizeof counts, cudaMemcpyHostToDevice));
+    CK(cudaMalloc(&dcount, 8));
+    CK(cudaMemcpy(dcount, counts, 8, cudaMemcpyHostToDevice));
     CK(cudaMalloc(&px, (size_t)units * ldx * 128));
     CK(cudaMalloc(&h_wide, (size_t)hunits * ldx * 128));
     CK(cudaMalloc(&h_many, (size_t)rows * FF * 2));
@@ -188,7 +188,6 @@ static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, c
     w.x = px;
     w.ldx = ldx;
     w.hidden = (uint8_t *)h_wide;
-    w.taken = dcount + 2;
     wide_args wd = w;
     wd.x = (const uint8_t *)h_wide;
     wd.l.bias = bdn;
@@ -210,14 +209,8 @@ static void experts(cuda_run *r, const cuda_matrix &gu, const cuda_matrix &dn, c
     md.y = y[1];
     md.ldy = EMBD;
     auto run_pack = [&] { wide_pack(r, {NULL, (int)rows}, dperm, K, dx, EMBD, px, ldx); };
-    auto run_wide = [&] {
-        cudaMemsetAsync(w.taken, 0, 4, r->stream);
-        wide_launch<LIN_GATE_UP>(r, &gu, w);
-    };
-    auto run_wide_down = [&] {
-        cudaMemsetAsync(w.taken, 0, 4, r->stream);
-        wide_launch<LIN_DOWN>(r, &dn, wd);
-    };
+    auto run_wide = [&] { wide_launch<LIN_GATE_UP>(r, &gu, w); };
+    auto run_wide_down = [&] { wide_launch<LIN_DOWN>(r, &dn, wd); };
     auto run_many = [&] {
         if (width > STREAM_MAX_COLS || !stream_run<LIN_GATE_UP>(r, &gu, m, width, (int)many.size()))
             lin_launch<LIN_GATE_UP>(r, &gu, m, width, (int)many.size());

@@ -247,7 +247,7 @@ struct cuda_scratch { /* shared by all operations of a step, sized by the larges
     float *down;      /* [pairs][n_embd]; before it, or behind, the rows of any product in wide.cuh's order */
     int32_t *perm;    /* [pairs] expert order -> pair = row * k + j */
     int4 *tile;       /* [max tiles] expert, first, count, 0: what broad.cuh counts */
-    int32_t *count;   /* tiles; pairs, with padding; wide.cuh's `taken` of gate_up, of down */
+    int32_t *count;   /* [0] tiles */
     float *partial;   /* attention splits, [CUDA_MAX_PARTIAL][16][dim + 2] */
     uint32_t *arrived;
     float *route_part;       /* router: [row][tile of 16 columns][expert] */

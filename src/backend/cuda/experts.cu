@@ -511,11 +511,11 @@ cudaError_t cuda_apply_gain(cuda_dev *d, cuda_weight *router, const cuda_weight 
 /* ---- order of experts ---- */
 
 /* One block: pairs in order of expert then row, and the tiles of at most `width` of them. even: an expert's tiles are
- * alike, multiples of 8. pad: what an expert's pairs begin at a multiple of; perm is -1 between experts. totals: see
- * cuda_scratch. Each warp counts, then places, one run of the pairs. */
+ * alike, multiples of 8. pad: what an expert's pairs begin at a multiple of; perm is -1 between experts. total: pairs
+ * and padding. Each warp counts, then places, one run of the pairs. */
 static __global__ __launch_bounds__(1024) void order_kernel(cuda_count rows, const int32_t *id, int k, int n_expert,
                                                             int width, int pad, bool even, int32_t *perm, int4 *tile,
-                                                            int32_t *totals) {
+                                                            int32_t *n_tiles, int32_t *total) {
     extern __shared__ int32_t order_at[]; /* [warp][expert]: pairs in the warp's run, then of the runs before it */
     __shared__ int count[CUDA_MAX_EXPERT], first[CUDA_MAX_EXPERT], first_tile[CUDA_MAX_EXPERT];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -568,7 +568,8 @@ static __global__ __launch_bounds__(1024) void order_kernel(cuda_count rows, con
             t += __shfl_sync(~0u, tiles, 31);
         }
         if (lane == 0) {
-            *(int4 *)totals = make_int4(t, at, 0, 0);
+            *n_tiles = t;
+            *total = at;
         }
     }
     __syncthreads();
@@ -697,10 +698,8 @@ static void run_wide(cuda_run *r, const cuda_cmd *c, const lin_args &l, int pair
     a.x = x;
     a.ldx = pairs;
     a.hidden = hidden;
-    a.taken = s->count + 2;
     wide_launch<LIN_GATE_UP>(r, &c->w->matrix[0], a);
     a.x = hidden;
-    a.taken = s->count + 3;
     to_down(&a.l, c, s);
     wide_launch<LIN_DOWN>(r, &c->w2->matrix[0], a);
 }
@@ -763,7 +762,7 @@ void cuda_run_experts_norm(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm)
     if (r->error == cudaSuccess)
         r->error = cudaFuncSetAttribute(order_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)counts);
     cuda_launch(r, order_kernel, dim3(1), dim3(1024), counts, rows, (const int32_t *)c->z->id, c->k, n_expert, width,
-                wide || broad ? 8 : 1, wide || broad || pour, s->perm, s->tile, s->count);
+                wide || broad ? 8 : 1, wide || broad || pour, s->perm, s->tile, s->count, s->count + 1);
     lin_args a = {};
     a.tile = s->tile;
     a.n_tiles = s->count;

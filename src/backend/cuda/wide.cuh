@@ -2,9 +2,8 @@
  *
  * Weights are the register operand; activations come from shared memory. A block computes items of 128 matrix rows and
  * up to 128 activation rows: one warp fills a ring of stages with bulk copies, two groups of four warps take 64 matrix
- * rows each. Experts' items cost different times: a block takes the next when it has done one. Where blocks of columns
- * have scales, a group keeps two products in flight, one for each half of the activation rows, and scales one half's
- * block sums while the other half, and the other group, have the tensor cores.
+ * rows each. Where blocks of columns have scales, a group keeps two products in flight, one for each half of the
+ * activation rows, and scales one half's block sums while the other half, and the other group, have the tensor cores.
  *
  * Activations lie in the order in which the copies take them: [unit of 64 columns][row][128 bytes], the 16-byte pieces
  * of a row swizzled with its index, so the first row of an item is a multiple of 8. Inside each block of 32 columns the
@@ -27,7 +26,6 @@ struct wide_args {
     int64_t ldx;
     uint8_t *hidden; /* GATE_UP: [unit][ldx rows][128] */
     int cols;        /* DENSE: rows of an item, a multiple of 8 */
-    int *taken;      /* experts: items that blocks took beyond their first, zero before */
 };
 
 /* wide.cu: rows of x (row perm[i] / k for row i, none where perm is negative; perm NULL: all) in the order above. */
@@ -45,7 +43,7 @@ static inline bool wide_can(const cuda_run *r, const cuda_weight *w) {
 /* An item, as the copies' warp leaves it for the others: in shared memory, one more than there are stages, so that it
  * is still there when its results are stored. */
 struct wide_work {
-    lin_cols c; /* n 0: no more items */
+    lin_cols c;
     int tile0;
     int32_t to[WIDE_COLS]; /* DOWN: perm */
 };
@@ -119,19 +117,9 @@ static __device__ void wide_fill(const wide_args &a, const lin_cols &c, int tile
 template <class F, lin_mode MODE>
 static __device__ void wide_feed(const wide_args &a, int n_m, int total, wide_ring &r) {
     using P = wide_plan<F>;
-    const int lane = threadIdx.x % 32;
-    for (int item = blockIdx.x, then; item < total; item = __shfl_sync(~0u, then, 0)) {
-        then = item + gridDim.x;
-        if (MODE != LIN_DENSE && lane == 0) /* on its way while this one's copies are */
-            then = (int)gridDim.x + atomicAdd(a.taken, 1);
+    for (int item = blockIdx.x; item < total; item += gridDim.x)
         wide_fill<F, MODE>(a, lin_columns<MODE>(a.l, a.cols, item / n_m), item % n_m * WIDE_TILES, wide_next_work<P>(r),
                            r);
-    }
-    mbar_wait(r.empty + 8 * r.stage, r.parity ^ 1);
-    if (lane == 0) {
-        wide_next_work<P>(r)->c.n = 0;
-        mbar_arrive(r.full + 8 * r.stage);
-    }
 }
 
 /* c = the block's 64 x N product. */
@@ -415,6 +403,7 @@ static __device__ __forceinline__ void wide_put_glu(const wide_args &a, const li
 template <class F, lin_mode MODE, int N>
 static __device__ __forceinline__ void wide_item(const wide_args &a, const wide_work *work, wide_ring &r, int group,
                                                  int lane) {
+    mbar_wait(r.full + 8 * r.stage, r.parity);
     const int tile = work->tile0 + group * 4 + threadIdx.x / 32 % 4;
     float bias[2], total[N];
     if (!F::SCALED) /* else there are no registers to spare */
@@ -462,8 +451,8 @@ static __global__ __launch_bounds__(WIDE_THREADS, 1) void wide_kernel(const __gr
     pdl_wait();
     __syncthreads();
     const int n_m = (a.l.n_tile + WIDE_TILES - 1) / WIDE_TILES;
-    const int n_cols =
-        MODE == LIN_DENSE ? (count_rows(a.l.rows) + a.cols - 1) / a.cols : *(const volatile int32_t *)a.l.n_tiles;
+    const int rows = MODE == LIN_DENSE ? count_rows(a.l.rows) : 0;
+    const int n_cols = MODE == LIN_DENSE ? (rows + a.cols - 1) / a.cols : *(const volatile int32_t *)a.l.n_tiles;
     const int total = n_m * n_cols;
     if (role == 2) {
         set_registers_down<24>();
@@ -471,12 +460,11 @@ static __global__ __launch_bounds__(WIDE_THREADS, 1) void wide_kernel(const __gr
             wide_feed<F, MODE>(a, n_m, total, r);
     } else {
         set_registers_up<240>();
-        for (;;) {
-            mbar_wait(r.full + 8 * r.stage, r.parity);
+        /* The way through an item must be uniform for the compiler too, or products wait for their addresses. */
+        for (int item = blockIdx.x; item < total; item += gridDim.x) {
+            const int n = MODE == LIN_DENSE ? min(a.cols, rows - item / n_m * a.cols) : a.l.tile[item / n_m].z;
+            const int half = max((n + 15) / 16 * 8, 16);
             const wide_work *work = wide_next_work<P>(r);
-            const int n = __shfl_sync(~0u, work->c.n, 0), half = max((n + 15) / 16 * 8, 16);
-            if (n == 0)
-                return;
 #define WIDE_CASE(N)                                                                                                   \
     if (half <= N) {                                                                                                   \
         wide_item<F, MODE, N>(a, work, r, role, lane);                                                                 \
