@@ -192,45 +192,60 @@ static cudaError_t pack(cuda_dev *d, const pack_job *j, int kind, cudaStream_t s
     return cudaGetLastError();
 }
 
-/* to[0]: the largest scale of n chunks; to[1]: 256 less the smallest. */
-static __global__ void scale_range_kernel(const uint8_t *chunks, int64_t n, int *to) {
-    const int lane = threadIdx.x % 32;
-    int most = 0, least = 256;
-    for (int64_t i = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; i < n; i += gridDim.x * (blockDim.x / 32)) {
-        const int s = mxfp4_scale(chunks + i * mxfp4_codes::CHUNK, lane);
-        most = max(most, s);
-        least = s ? min(least, s) : least;
+#define SCALE_WARPS 8 /* of a block, each with every so many chunks */
+
+static __device__ __forceinline__ int64_t first_chunk() { return blockIdx.x * SCALE_WARPS + threadIdx.x / 32; }
+
+/* seen[0]: the largest scale of n chunks. */
+static __global__ void scale_top_kernel(const uint8_t *chunks, int64_t n, int *seen) {
+    int top = 0;
+    for (int64_t i = first_chunk(); i < n; i += gridDim.x * SCALE_WARPS)
+        top = max(top, mxfp4_scale(chunks + i * mxfp4_codes::CHUNK, threadIdx.x % 32));
+    atomicMax(seen, top);
+}
+
+/* seen[1]: blocks that are not all zeros; seen[2]: those of them that are too small beside seen[0] for f16. */
+static __global__ void scale_count_kernel(const uint8_t *chunks, int64_t n, int *seen) {
+    const int top = seen[0];
+    int all = 0, small = 0;
+    for (int64_t i = first_chunk(); i < n; i += gridDim.x * SCALE_WARPS) {
+        const int s = mxfp4_scale(chunks + i * mxfp4_codes::CHUNK, threadIdx.x % 32);
+        all += s > 0;
+        small += s > 0 && top - s > form_mxfp4::SPAN;
     }
-    atomicMax(to, most);
-    atomicMax(to + 1, 256 - least);
+    atomicAdd(seen + 1, all);
+    atomicAdd(seen + 2, small);
 }
 
 static __global__ void scale_power_kernel(uint8_t *chunks, int64_t n, int top) {
     const int lane = threadIdx.x % 32;
-    for (int64_t i = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; i < n; i += gridDim.x * (blockDim.x / 32)) {
+    for (int64_t i = first_chunk(); i < n; i += gridDim.x * SCALE_WARPS) {
         uint8_t *chunk = chunks + i * mxfp4_codes::CHUNK;
         const int s = mxfp4_scale(chunk, lane);
         chunk[512 + lane] = form_mxfp4::power(s, top);
     }
 }
 
-/* Scales of a packed MXFP4 matrix become powers in f16, or it is one whose scales are too far apart for that. */
+/* Scales of a packed MXFP4 matrix become powers in f16. Where more than one block in FAR_SHARE is too small for that,
+ * as it is not where training left a few rows to decay, the matrix is one whose scales are too far apart. */
+#define FAR_SHARE 64
 static orcd_status settle_scales(cuda_dev *d, cuda_matrix *m, orcd_error *err) {
     const int64_t n = (int64_t)(matrix_bytes(m) / (uint64_t)m->chunk_bytes);
-    int range[2] = {0, 0};
+    int seen[3] = {0, 0, 0};
     if (d->dry)
         return ORCD_OK;
-    CUDA_TRY(d, "clearing a flag", cudaMemsetAsync(d->flag, 0, sizeof range, d->copy));
-    scale_range_kernel<<<1024, 256, 0, d->copy>>>(m->data, n, d->flag);
-    CUDA_TRY(d, "looking at scales", cudaMemcpyAsync(range, d->flag, sizeof range, cudaMemcpyDeviceToHost, d->copy));
+    CUDA_TRY(d, "clearing a flag", cudaMemsetAsync(d->flag, 0, sizeof seen, d->copy));
+    scale_top_kernel<<<1024, SCALE_WARPS * 32, 0, d->copy>>>(m->data, n, d->flag);
+    scale_count_kernel<<<1024, SCALE_WARPS * 32, 0, d->copy>>>(m->data, n, d->flag);
+    CUDA_TRY(d, "looking at scales", cudaMemcpyAsync(seen, d->flag, sizeof seen, cudaMemcpyDeviceToHost, d->copy));
     CUDA_TRY(d, "looking at scales", cudaStreamSynchronize(d->copy));
-    if (range[0] == 255 || range[0] - (256 - range[1]) > form_mxfp4::SPAN) {
+    if (seen[0] == 255 || seen[2] > seen[1] / FAR_SHARE) {
         m->form = CUDA_FORM_MXFP4_FAR;
         m->factor = form_mxfp4_far::FACTOR;
         return ORCD_OK;
     }
-    m->factor = ldexpf(1, range[0] - 128);
-    scale_power_kernel<<<1024, 256, 0, d->copy>>>(m->data, n, range[0]);
+    m->factor = ldexpf(1, seen[0] - 128);
+    scale_power_kernel<<<1024, SCALE_WARPS * 32, 0, d->copy>>>(m->data, n, seen[0]);
     CUDA_TRY(d, "rewriting scales", cudaGetLastError());
     return ORCD_OK;
 }

@@ -10,10 +10,11 @@
  *
  * A code becomes the f16 (s << 15 | eem << 9), its value times 2^-14, subnormals included.
  *
- * Where the scales of a matrix are within 2^24 of each other, blocks of zeros aside, their bytes are replaced by the
- * upper bytes of f16 powers, the largest 2^15: a code times its power is an exact f16, and a segment of columns one
- * chain of products. Else (far) blocks are summed alone and scaled in f32; 0 (2^-127) counts as zero, 255 gives
- * infinities and NaN. The sums are multiplied by a power of two of the whole matrix. */
+ * Scales become the upper bytes of f16 powers, the matrix's largest 2^15: a code times its power is an exact f16, and a
+ * segment of columns one chain of products. Blocks whose scale is more than 2^24 below the largest count as zero: all
+ * their values are below 2^-22 of the largest weight. A matrix with many of those (far) keeps E8M0 scales instead,
+ * blocks are summed alone and scaled in f32: 0 (2^-127) counts as zero, 255 gives infinities and NaN. The sums are
+ * multiplied by a power of two of the whole matrix. */
 #ifndef ORCD_QUANT_CUDA_MXFP4_CUH
 #define ORCD_QUANT_CUDA_MXFP4_CUH
 
