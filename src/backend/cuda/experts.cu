@@ -510,41 +510,23 @@ cudaError_t cuda_apply_gain(cuda_dev *d, cuda_weight *router, const cuda_weight 
 
 /* ---- order of experts ---- */
 
-/* One block: pairs in order of expert then row, and the tiles of at most `width` of them. even: an expert's tiles are
+/* One block: pairs in order of their experts, and the tiles of at most `width` of them. even: an expert's tiles are
  * alike, multiples of 8. pad: what an expert's pairs begin at a multiple of; perm is -1 between experts. total: pairs
- * and padding. Each warp counts, then places, one run of the pairs. */
+ * and padding. In which order an expert has its pairs is left to chance: no result depends on it. */
 static __global__ __launch_bounds__(1024) void order_kernel(cuda_count rows, const int32_t *id, int k, int n_expert,
                                                             int width, int pad, bool even, int32_t *perm, int4 *tile,
                                                             int32_t *n_tiles, int32_t *total) {
-    extern __shared__ int32_t order_at[]; /* [warp][expert]: pairs in the warp's run, then of the runs before it */
-    __shared__ int count[CUDA_MAX_EXPERT], first[CUDA_MAX_EXPERT], first_tile[CUDA_MAX_EXPERT];
+    __shared__ int count[CUDA_MAX_EXPERT], first[CUDA_MAX_EXPERT], first_tile[CUDA_MAX_EXPERT], next[CUDA_MAX_EXPERT];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int32_t *mine = order_at + warp * n_expert;
     pdl_launch();
-    for (int e = lane; e < n_expert; e += 32)
-        mine[e] = 0;
-    __syncwarp();
-    pdl_wait();
-    const int pairs = count_rows(rows) * k, run = (pairs + 1023) / 1024 * 32;
-    const int begin = min(warp * run, pairs), end = min(begin + run, pairs);
-#pragma unroll 4
-    for (int p = begin + lane; p < begin + run; p += 32) {
-        const int e = p < end ? id[p] : -1;
-        const uint32_t same = __match_any_sync(~0u, e);
-        if (e >= 0 && lane == __ffs(same) - 1)
-            mine[e] += __popc(same);
-        __syncwarp();
-    }
+    for (int e = threadIdx.x; e < n_expert; e += 1024)
+        count[e] = 0;
     __syncthreads();
-    if ((int)threadIdx.x < n_expert) {
-        int sum = 0;
-        for (int w = 0; w < 32; w++) {
-            const int n = order_at[w * n_expert + threadIdx.x];
-            order_at[w * n_expert + threadIdx.x] = sum;
-            sum += n;
-        }
-        count[threadIdx.x] = sum;
-    }
+    pdl_wait();
+    const int pairs = count_rows(rows) * k;
+#pragma unroll 4
+    for (int p = threadIdx.x; p < pairs; p += 1024)
+        atomicAdd(&count[id[p]], 1);
     __syncthreads();
     if (warp == 0) {
         int at = 0, t = 0;
@@ -561,7 +543,7 @@ static __global__ __launch_bounds__(1024) void order_kernel(cuda_count rows, con
                 }
             }
             if (e < n_expert) {
-                first[e] = at + sum - padded;
+                first[e] = next[e] = at + sum - padded;
                 first_tile[e] = t + tiles - nt;
             }
             at += __shfl_sync(~0u, sum, 31);
@@ -573,6 +555,9 @@ static __global__ __launch_bounds__(1024) void order_kernel(cuda_count rows, con
         }
     }
     __syncthreads();
+#pragma unroll 4
+    for (int p = threadIdx.x; p < pairs; p += 1024)
+        perm[atomicAdd(&next[id[p]], 1)] = p;
     for (int e = warp; e < n_expert; e += 32) {
         const int c = count[e], nt = (c + width - 1) / width;
         const int per = even && nt ? ((c + nt - 1) / nt + 7) / 8 * 8 : width;
@@ -580,17 +565,6 @@ static __global__ __launch_bounds__(1024) void order_kernel(cuda_count rows, con
             tile[first_tile[e] + i] = make_int4(e, first[e] + i * per, min(per, c - i * per), 0);
         if (c + lane < (c + pad - 1) / pad * pad)
             perm[first[e] + c + lane] = -1;
-    }
-#pragma unroll 4
-    for (int p = begin + lane; p < begin + run; p += 32) {
-        const int e = p < end ? id[p] : -1;
-        const uint32_t same = __match_any_sync(~0u, e);
-        if (e >= 0)
-            perm[first[e] + mine[e] + __popc(same & ((1u << lane) - 1))] = p;
-        __syncwarp();
-        if (e >= 0 && lane == __ffs(same) - 1)
-            mine[e] += __popc(same);
-        __syncwarp();
     }
 }
 
@@ -758,10 +732,7 @@ void cuda_run_experts_norm(cuda_run *r, const cuda_cmd *c, const cuda_cmd *norm)
         !pour && !broad && mean > 18 && wide_can(r, c->w) && wide_can(r, c->w2) && c->w->matrix[0].n_row % 64 == 0;
     const int width = wide ? WIDE_COLS : broad ? BROAD_COLS : pour ? 24 : tile_width(mean);
     const int by_count = n_expert + pairs / width, n_block = pairs < by_count ? pairs : by_count;
-    const size_t counts = (size_t)32 * 4 * (size_t)n_expert;
-    if (r->error == cudaSuccess)
-        r->error = cudaFuncSetAttribute(order_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)counts);
-    cuda_launch(r, order_kernel, dim3(1), dim3(1024), counts, rows, (const int32_t *)c->z->id, c->k, n_expert, width,
+    cuda_launch(r, order_kernel, dim3(1), dim3(1024), 0, rows, (const int32_t *)c->z->id, c->k, n_expert, width,
                 wide || broad ? 8 : 1, wide || broad || pour, s->perm, s->tile, s->count, s->count + 1);
     lin_args a = {};
     a.tile = s->tile;
