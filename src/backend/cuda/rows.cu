@@ -250,6 +250,44 @@ static __global__ __launch_bounds__(KV_WARPS * 32) void kv_write_kernel(cuda_arr
     kv_write_head<T>(a, l, row, head, n_kv, v);
 }
 
+/* The same for KV_RUN rows: where they are consecutive positions of one page, as those of a prompt, their values lie
+ * side by side. */
+#define KV_RUN 8
+template <class T>
+static __global__ __launch_bounds__(KV_WARPS * 32) void kv_write_many_kernel(cuda_arrays a, const float *qkv, int width,
+                                                                             int n_head, int n_kv, int head_dim,
+                                                                             kv_layer l) {
+    pdl_wait();
+    pdl_launch(); /* late, as above */
+    const int row0 = blockIdx.x * KV_RUN, head = kv_head(), lane = threadIdx.x % 32;
+    const int n = min(KV_RUN, a.batch->n_tok - row0);
+    if (n <= 0 || head >= 2 * n_kv)
+        return;
+    const float *x = qkv + (int64_t)row0 * width + (int64_t)(n_head + head) * head_dim;
+    float v[KV_RUN][KV_PART];
+#pragma unroll
+    for (int k = 0; k < KV_RUN; k++)
+#pragma unroll
+        for (int i = 0; i < KV_PART; i++)
+            v[k][i] = k < n && lane + 32 * i < head_dim ? x[(int64_t)k * width + lane + 32 * i] : 0.f;
+    const int mine = row0 + min(lane, n - 1), first = a.pos[row0], slot = a.slot[row0];
+    const bool next = a.pos[mine] == first + mine - row0 && a.slot[mine] == slot;
+    if (sizeof(T) == 2 && head >= n_kv && __all_sync(~0u, next) && n == KV_RUN && first % KV_RUN == 0) {
+        const int32_t page = l.table[(int64_t)slot * l.n_entry + first / BE_PAGE];
+        __half *to = (__half *)(l.at + page * l.page_bytes + (int64_t)(head % n_kv) * l.head_bytes);
+#pragma unroll
+        for (int i = 0; i < KV_PART; i++)
+            if (page >= 0 && lane + 32 * i < l.dim)
+                *(uint4 *)(to + (l.dim + lane + 32 * i) * BE_PAGE + first % BE_PAGE) = make_uint4(
+                    f16x2(v[0][i], v[1][i]), f16x2(v[2][i], v[3][i]), f16x2(v[4][i], v[5][i]), f16x2(v[6][i], v[7][i]));
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < KV_RUN; k++)
+        if (k < n)
+            kv_write_head<T>(a, l, row0 + k, head, n_kv, v[k]);
+}
+
 /* Rotation and write, where pages are as wide as heads: a warp a head of Q, K and V. */
 template <class T>
 static __global__ __launch_bounds__(KV_WARPS * 32) void rope_write_kernel(cuda_arrays a, const float2 *cs, float *qkv,
@@ -280,15 +318,13 @@ static __global__ __launch_bounds__(KV_WARPS * 32) void rope_write_kernel(cuda_a
         kv_write_head<T>(a, l, row, head - n_head, n_kv, v);
 }
 
-static dim3 kv_grid(const cuda_run *r, int heads) {
-    return dim3((unsigned)r->shape.rows, (unsigned)((heads + KV_WARPS - 1) / KV_WARPS));
-}
+static dim3 kv_grid(int rows, int heads) { return dim3((unsigned)rows, (unsigned)((heads + KV_WARPS - 1) / KV_WARPS)); }
 
 template <class T> static void rope_write_typed(cuda_run *r, const cuda_cmd *c) {
     const be_attn *t = &c->attn;
-    cuda_launch(r, rope_write_kernel<T>, kv_grid(r, t->n_head + 2 * t->n_kv_head), dim3(KV_WARPS * 32), 0, r->dev->arr,
-                (const float2 *)r->dev->scratch.rope, c->x->f32, (int)c->x->base.width, t->n_head, t->n_kv_head,
-                layer_of(r->kv, t));
+    cuda_launch(r, rope_write_kernel<T>, kv_grid(r->shape.rows, t->n_head + 2 * t->n_kv_head), dim3(KV_WARPS * 32), 0,
+                r->dev->arr, (const float2 *)r->dev->scratch.rope, c->x->f32, (int)c->x->base.width, t->n_head,
+                t->n_kv_head, layer_of(r->kv, t));
 }
 
 bool cuda_can_rope_write(const cuda_run *r, const cuda_cmd *rope, const cuda_cmd *write) {
@@ -308,8 +344,11 @@ void cuda_run_rope_write(cuda_run *r, const cuda_cmd *rope, const cuda_cmd *writ
 
 template <class T> static void write_typed(cuda_run *r, const cuda_cmd *c) {
     const be_attn *t = &c->attn;
-    cuda_launch(r, kv_write_kernel<T>, kv_grid(r, 2 * t->n_kv_head), dim3(KV_WARPS * 32), 0, r->dev->arr,
-                (const float *)c->x->f32, (int)c->x->base.width, t->n_head, t->n_kv_head, t->head_dim,
+    const int rows = r->shape.rows;
+    const bool many = rows >= 16 * KV_RUN;
+    cuda_launch(r, many ? kv_write_many_kernel<T> : kv_write_kernel<T>,
+                kv_grid(many ? (rows + KV_RUN - 1) / KV_RUN : rows, 2 * t->n_kv_head), dim3(KV_WARPS * 32), 0,
+                r->dev->arr, (const float *)c->x->f32, (int)c->x->base.width, t->n_head, t->n_kv_head, t->head_dim,
                 layer_of(r->kv, t));
 }
 
