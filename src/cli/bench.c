@@ -257,21 +257,27 @@ static int32_t draw(const bench *b, uint32_t *seed) {
     return (int32_t)((*seed >> 8) % (uint32_t)b->cfg.n_vocab);
 }
 
-/* Rows at .. at + n - 1 of the prompts of all streams laid end to end, with logits of each one's last row here. */
+/* Rows at .. at + n - 1 of the prompts of all streams laid end to end. As the engine does: logits only of a prompt's
+ * last row, and where the device samples, only its token comes back. */
 static orcd_status prefill_step(bench *b, const bench_row *r, int at, int n, uint32_t *seed, orcd_error *err) {
     be_batch batch = {n, b->token, b->pos, b->slot, 0, b->out_row, false};
     for (int i = 0; i < n; i++) {
         b->token[i] = draw(b, seed);
         b->pos[i] = r->depth + (at + i) % r->tokens;
         b->slot[i] = (at + i) / r->tokens;
-        if (i + 1 == n || (at + i + 1) % r->tokens == 0)
+        if ((at + i + 1) % r->tokens == 0)
             b->out_row[batch.n_out++] = i;
     }
+    const bool sample = batch.n_out && b->dev->ops->sample;
     be_step *s;
     ORCD_TRY(b->dev->ops->step_begin(b->dev, b->kv, &batch, &s, err));
     be_act *logits = arch_forward(b->model, s);
+    if (sample)
+        b->dev->ops->sample(s, logits, b->greedy);
     ORCD_TRY(b->dev->ops->step_end(s, err));
-    return b->dev->ops->act_read(b->dev, logits, 0, 1, b->row, err);
+    if (sample)
+        return b->dev->ops->sampled(b->dev, b->id, NULL, err);
+    return batch.n_out ? b->dev->ops->act_read(b->dev, logits, 0, 1, b->row, err) : ORCD_OK;
 }
 
 /* One row of each stream: random tokens, or without a seed what the device sampled last; with `sample` it samples again
