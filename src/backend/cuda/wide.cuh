@@ -1,8 +1,8 @@
 /* backend/cuda/wide.cuh: packed matrices times many rows on Hopper: the bits of linear.cuh's kernels, by wgmma.
  *
  * Weights are the register operand; activations come from shared memory. A block computes items of 128 matrix rows and
- * up to 128 activation rows: one warp fills a ring of stages with bulk copies, two groups of four warps take 64 matrix
- * rows each. Where blocks of columns have scales, a group keeps two products in flight, one for each half of the
+ * up to 128 activation rows: four warps fill a ring of stages with bulk copies, two groups of four take 64 matrix rows
+ * each. Where blocks of columns have scales, a group keeps two products in flight, one for each half of the
  * activation rows, and scales one half's block sums while the other half, and the other group, have the tensor cores.
  *
  * Activations lie in the order in which the copies take them: [unit of 64 columns][row][128 bytes], the 16-byte pieces
@@ -81,13 +81,15 @@ template <int STAGES> static __device__ __forceinline__ void wide_next(wide_ring
     }
 }
 
-/* One warp's copies for one item. The first stage brings `work` along. */
+/* Four warps' copies for one item: the first brings activations and, with the first stage, `work`; the others have a
+ * third of the weights each. Copies that one warp starts follow each other slowly. */
 template <class F, lin_mode MODE>
 static __device__ void wide_fill(const wide_args &a, const lin_cols &c, int tile0, wide_work *work, wide_ring &r) {
     using P = wide_plan<F>;
-    const int lane = threadIdx.x % 32, rows = (c.n + 7) & ~7;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, rows = (c.n + 7) & ~7;
+    const int tile = max(warp - 1 + 3 * lane, 0);
     const uint8_t *w =
-        a.l.w + c.mat * a.l.mat_bytes + (int64_t)min(tile0 + lane % WIDE_TILES, a.l.n_tile - 1) * a.l.n_unit * F::CHUNK;
+        a.l.w + c.mat * a.l.mat_bytes + (int64_t)min(tile0 + tile, a.l.n_tile - 1) * a.l.n_unit * F::CHUNK;
     for (int u = 0, left = 0, n; u < a.l.n_unit; u += n, left -= n) {
         if (left == 0)
             left = min(a.l.seg, a.l.n_unit - u);
@@ -95,25 +97,25 @@ static __device__ void wide_fill(const wide_args &a, const lin_cols &c, int tile
         mbar_wait(r.empty + 8 * r.stage, r.parity ^ 1);
         const uint32_t full = r.full + 8 * r.stage;
         const bool perm = MODE == LIN_DOWN && u == 0;
-        if (lane == 0) {
+        if (warp == 0 && lane == 0) {
             if (u == 0)
                 work->c = c, work->tile0 = tile0;
             mbar_expect(full, (uint32_t)(n * (rows * 128 + WIDE_TILES * F::CHUNK) + perm * rows * 4));
         }
         __syncwarp();
-        if (lane < WIDE_TILES)
-            bulk_copy(r.w + r.stage * P::W_BYTES + lane * (P::UNITS * F::CHUNK), w + (int64_t)u * F::CHUNK,
+        if (warp && tile < WIDE_TILES)
+            bulk_copy(r.w + r.stage * P::W_BYTES + tile * (P::UNITS * F::CHUNK), w + (int64_t)u * F::CHUNK,
                       (uint32_t)(n * F::CHUNK), full);
-        else if (lane < WIDE_TILES + n)
-            bulk_copy(r.x + r.stage * P::X_BYTES + (lane - WIDE_TILES) * WIDE_X_UNIT,
-                      a.x + ((int64_t)(u + lane - WIDE_TILES) * a.ldx + c.first) * 128, (uint32_t)rows * 128, full);
-        else if (perm && lane == 31)
+        else if (warp == 0 && lane < n)
+            bulk_copy(r.x + r.stage * P::X_BYTES + lane * WIDE_X_UNIT,
+                      a.x + ((int64_t)(u + lane) * a.ldx + c.first) * 128, (uint32_t)rows * 128, full);
+        else if (warp == 0 && perm && lane == 31)
             bulk_copy((uint32_t)__cvta_generic_to_shared(work->to), a.l.perm + c.first, (uint32_t)rows * 4, full);
         wide_next<P::STAGES>(r);
     }
 }
 
-/* One warp's copies for the items of a block. */
+/* The copies for the items of a block. */
 template <class F, lin_mode MODE>
 static __device__ void wide_feed(const wide_args &a, int n_m, int total, wide_ring &r) {
     using P = wide_plan<F>;
@@ -456,8 +458,7 @@ static __global__ __launch_bounds__(WIDE_THREADS, 1) void wide_kernel(const __gr
     const int total = n_m * n_cols;
     if (role == 2) {
         set_registers_down<24>();
-        if (threadIdx.x / 32 % 4 == 0)
-            wide_feed<F, MODE>(a, n_m, total, r);
+        wide_feed<F, MODE>(a, n_m, total, r);
     } else {
         set_registers_up<240>();
         /* The way through an item must be uniform for the compiler too, or products wait for their addresses. */
