@@ -50,7 +50,9 @@ static void read_chat(const json_t *v, from_json *out) {
                     .python = json_is_true(json_object_get(v, "python"))};
     json_array_foreach(json_object_get(v, "tools"), i, m) {
         assert_true(i < MAX_PARTS);
-        out->tool[i] = (chat_tool){str_at(m, "name"), str_at(m, "description"), json_object_get(m, "parameters")};
+        out->tool[i] = (chat_tool){.name = str_at(m, "name"),
+                                   .description = str_at(m, "description"),
+                                   .parameters = json_object_get(m, "parameters")};
     }
     if (json_object_get(v, "effort"))
         assert_true(chat_effort_of(json_string_value(json_object_get(v, "effort")), &out->c.effort));
@@ -426,7 +428,7 @@ static void spelled_control_tokens_stay_text(void **state) {
         json_t *schema = json_pack("{s:s,s:s#,s:{s#:{s:s,s:[s#],s:s#}}}", "type", "object", "description", bytes, n,
                                    "properties", bytes, n, "type", "string", "enum", bytes, n, "default", bytes, n);
         assert_non_null(schema);
-        chat_tool tool = {chat_str_of("f"), s, schema};
+        chat_tool tool = {.name = chat_str_of("f"), .description = s, .parameters = schema};
         chat_format format = {s, s, schema};
         chat_call call = {.id = s, .name = chat_str_of("f"), .arguments = s};
         chat_message m[] = {{.role = CHAT_INSTRUCTIONS, .text = s},
