@@ -600,18 +600,31 @@ static void required_masks_answers_until_a_call(void **state) {
     harmony_mask_close(m);
 }
 
+typedef struct sampled_case {
+    const char *sampled;
+    bool allowed;
+} sampled_case;
+
+/* Each under a mask of its own. */
+static void check_each(const fixture *f, const harmony_mask_options *o, const sampled_case *t, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        harmony_mask *m = NULL;
+        assert_int_equal(harmony_mask_open(f->h, o, &m, NULL), ORCD_OK);
+        if (follows(f, m, t[i].sampled) != t[i].allowed)
+            fail_msg("%s", t[i].sampled);
+        harmony_mask_close(m);
+    }
+}
+
 static void an_answer_follows_its_grammar_from_its_first_token_on(void **state) {
-    static const struct {
-        const char *sampled;
-        bool allowed;
-    } t[] = {{FINAL "7<|return|>", true},
-             {FINAL "71<|return|>", true},
-             {ANALYSIS "9" NEXT FINAL "71<|return|>", true},
-             {FINAL "<|return|>", false},
-             {FINAL "9", false},
-             {FINAL "71 ", false},
-             {FINAL "7<|end|>", false},
-             {"<|channel|>commentary<|message|>7", false}};
+    static const sampled_case t[] = {{FINAL "7<|return|>", true},
+                                     {FINAL "71<|return|>", true},
+                                     {ANALYSIS "9" NEXT FINAL "71<|return|>", true},
+                                     {FINAL "<|return|>", false},
+                                     {FINAL "9", false},
+                                     {FINAL "71 ", false},
+                                     {FINAL "7<|end|>", false},
+                                     {"<|channel|>commentary<|message|>7", false}};
     const fixture *f = *state;
     json_t *schema = json_pack("{s:[i,i]}", "enum", 7, 71);
     harmony_mask_options o = {.final = true, .n_vocab = tok_n_vocab(f->tiny)};
@@ -619,27 +632,19 @@ static void an_answer_follows_its_grammar_from_its_first_token_on(void **state) 
     assert_int_equal(grammar_compile(schema, &o.answer, NULL), ORCD_OK);
     assert_int_equal(grammar_vocab_open(f->tiny, o.n_vocab, &vocab), ORCD_OK);
     o.vocab = vocab;
-    for (size_t i = 0; i < ORCD_COUNT(t); i++) {
-        harmony_mask *m = NULL;
-        assert_int_equal(harmony_mask_open(f->h, &o, &m, NULL), ORCD_OK);
-        if (follows(f, m, t[i].sampled) != t[i].allowed)
-            fail_msg("%s", t[i].sampled);
-        harmony_mask_close(m);
-    }
+    check_each(f, &o, t, ORCD_COUNT(t));
     grammar_vocab_close(vocab);
     grammar_close(o.answer);
     json_decref(schema);
 }
 
 static void a_strict_tool_is_called_with_what_its_grammar_says(void **state) {
-    static const struct {
-        const char *sampled;
-        bool allowed;
-    } t[] = {{CALL("get_it") "7<|call|>", true}, {ANALYSIS "9" NEXT CALL("get_it") "71<|call|>", true},
-             {CALL("put.it") "9<|call|>", true}, /* not strict */
-             {FINAL "9<|return|>", true},        {CALL("get_it") "<|call|>", false},
-             {CALL("get_it") "9", false},        {CALL("get_it") "71 ", false},
-             {CALL("get_it") "7<|end|>", false}};
+    static const sampled_case t[] = {
+        {CALL("get_it") "7<|call|>", true}, {ANALYSIS "9" NEXT CALL("get_it") "71<|call|>", true},
+        {CALL("put.it") "9<|call|>", true}, /* not strict */
+        {FINAL "9<|return|>", true},        {CALL("get_it") "<|call|>", false},
+        {CALL("get_it") "9", false},        {CALL("get_it") "71 ", false},
+        {CALL("get_it") "7<|end|>", false}};
     const fixture *f = *state;
     json_t *schema = json_pack("{s:[i,i]}", "enum", 7, 71);
     grammar_vocab *vocab = NULL;
@@ -654,13 +659,7 @@ static void a_strict_tool_is_called_with_what_its_grammar_says(void **state) {
                               .n_vocab = tok_n_vocab(f->tiny),
                               .arguments = g,
                               .vocab = vocab};
-    for (size_t i = 0; i < ORCD_COUNT(t); i++) {
-        harmony_mask *m = NULL;
-        assert_int_equal(harmony_mask_open(f->h, &o, &m, NULL), ORCD_OK);
-        if (follows(f, m, t[i].sampled) != t[i].allowed)
-            fail_msg("%s", t[i].sampled);
-        harmony_mask_close(m);
-    }
+    check_each(f, &o, t, ORCD_COUNT(t));
     grammar_vocab_close(vocab);
     grammar_close(g[1]);
     json_decref(schema);
